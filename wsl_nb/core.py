@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'ASSETS', 'BadInput', 'require', 'NonFinite', 'key_entropy', 'rng', 'torch_rng', 'seed_everything',
            'read_image', 'read_mask', 'voc_palette', 'atomic', 'write_image', 'write_mask', 'file_hash', 'text_hash',
-           'normalise', 'denormalise', 'minmax', 'asset', 'save_asset']
+           'state_hash', 'normalise', 'denormalise', 'minmax', 'asset', 'save_asset']
 
 # %% ../nbs/10_core.ipynb #27085aa9
 import contextlib, hashlib, json, os, random, shutil, tempfile
@@ -178,6 +178,17 @@ def text_hash(
 ) -> str: # 16 hex digits
     "Short fingerprint of a value; dictionaries are compared without regard to order."
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+# %% ../nbs/10_core.ipynb #2d8685c5
+def state_hash(
+    state: dict, # Name -> tensor
+) -> str: # 16 hex digits
+    "Short fingerprint of weights, by name and bytes."
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 # %% ../nbs/10_core.ipynb #fd55f1c9
 MEAN = (0.485, 0.456, 0.406) # ImageNet channel means

@@ -1,0 +1,47 @@
+"""A training run in its own process, for kills, Ctrl-C and process groups.
+
+Usage: python training_child.py METHOD OUT [--pause SECONDS] [field=value …]. Resumes if OUT has begun.
+"""
+import ast, dataclasses, pathlib, sys, time
+
+import torch
+
+from wsl_nb import training
+
+
+def linear():
+    "Module, tiny config, function config -> data."
+    import linear_method
+    cfg = linear_method.LinearConfig(steps=24, batch=2, lr=0.01, lr_max=0.2, warmup=3, dropout=0.2, checkpoint_every=3, evaluate_every=6, log_every=1, clip=1.)
+    return linear_method, cfg, linear_method.Tiny
+
+
+METHODS = dict(linear=linear) # a method joins here with a config of some seconds
+
+
+def prepare(method, changes):
+    "Module, config with changes, data."
+    module, cfg, data = METHODS[method]()
+    cfg = dataclasses.replace(cfg, **changes)
+    return module, cfg, data(cfg)
+
+
+def value(text):
+    "A Python literal, or the text itself."
+    try: return ast.literal_eval(text)
+    except (ValueError, SyntaxError): return text
+
+
+def main(method, out, *rest):
+    "Trains; a pause after each update leaves time for a kill."
+    pause = float(rest[rest.index('--pause') + 1]) if '--pause' in rest else 0.
+    module, cfg, data = prepare(method, {k: value(v) for k, v in (r.split('=', 1) for r in rest if '=' in r)})
+    update = training.Run.update
+    def slow(self, *args, **kwargs): update(self, *args, **kwargs); time.sleep(pause)
+    training.Run.update = slow
+    torch.set_num_threads(1)
+    return module.train(cfg, data, pathlib.Path(out), resume=(pathlib.Path(out)/'config.yaml').exists())
+
+
+if __name__ == '__main__':
+    main(*sys.argv[1:])
