@@ -13,6 +13,8 @@ from wsl_nb.formats import export, instance_masks, open_set, read_list, read_xml
 from wsl_nb.formats_check import check
 
 ALL = ('image', 'label', 'mask', 'boxes')
+QUIET = pytest.mark.filterwarnings('ignore:__array__ implementation:DeprecationWarning')  # of pycocotools with NumPy 2
+pytestmark = QUIET
 
 
 def cut_jpeg(path):

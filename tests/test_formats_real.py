@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from test_formats import ALL, assert_named, coco_faults, voc_faults
+from test_formats import ALL, QUIET, assert_named, coco_faults, voc_faults
 from wsl_nb.formats import VOC_CLASSES, export, open_set, read_list
 from wsl_nb.formats_check import check
 
-pytestmark = pytest.mark.data
+pytestmark = [pytest.mark.data, QUIET]
 
 
 @pytest.fixture

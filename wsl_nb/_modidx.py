@@ -337,8 +337,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'wsl_nb/training_checkpoint.py'),
                                             'wsl_nb.training_checkpoint.Log.close': ( 'training_checkpoint.html#log.close',
                                                                                       'wsl_nb/training_checkpoint.py'),
-                                            'wsl_nb.training_checkpoint.Log.read': ( 'training_checkpoint.html#log.read',
-                                                                                     'wsl_nb/training_checkpoint.py'),
                                             'wsl_nb.training_checkpoint.Log.write': ( 'training_checkpoint.html#log.write',
                                                                                       'wsl_nb/training_checkpoint.py'),
                                             'wsl_nb.training_checkpoint._board': ( 'training_checkpoint.html#_board',

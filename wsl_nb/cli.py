@@ -53,13 +53,13 @@ def presets(
     kind = config_class(module)
     return {k: v for k, v in vars(module).items() if k.isupper() and isinstance(v, kind)}
 
-# %% ../nbs/17_cli.ipynb #5559f153
+# %% ../nbs/17_cli.ipynb #0dfc60f3
 def as_flags(
     values: dict, # Field -> plain value, as YAML gives it
 ) -> list: # Words of a command line
     "The flags that say what a YAML file says."
-    def words(v): return [w for x in v for w in words(x)] if isinstance(v, (list, tuple)) else [str(v)]
-    words_of = lambda k, v: [f'--{k}' if v else f'--no_{k}'] if isinstance(v, bool) else [f'--{k}', *words(v)] if isinstance(v, (list, tuple)) else [f'--{k}={v}']
+    def _words(v): return [w for x in v for w in _words(x)] if isinstance(v, (list, tuple)) else [str(v)]
+    words_of = lambda k, v: [f'--{k}' if v else f'--no_{k}'] if isinstance(v, bool) else [f'--{k}', *_words(v)] if isinstance(v, (list, tuple)) else [f'--{k}={v}']
     return [w for k, v in values.items() for w in words_of(k, v)]
 
 # %% ../nbs/17_cli.ipynb #15135656
@@ -421,7 +421,7 @@ def data_check(
     print(f'{len(findings)} findings' if findings else 'complete and sound')
     return 2 if findings else 0
 
-# %% ../nbs/17_cli.ipynb #ff9af7e5
+# %% ../nbs/17_cli.ipynb #cf4bccec
 def run_doctor(
     args: argparse.Namespace, # Parsed line
     flags: list, # Words that argparse did not know
@@ -431,11 +431,11 @@ def run_doctor(
     from importlib.metadata import PackageNotFoundError, version
 
     import torch
-    def found(package):
+    def _found(package):
         try: return version(package)
         except PackageNotFoundError: return 'not installed'
-    rows = {'wsl_nb': found('wsl_nb'), 'python': platform.python_version(), 'system': platform.platform()}
-    rows |= {p: found(p) for p in ('torch', 'torchvision', 'timm', 'accelerate', 'numpy', 'pydensecrf2', 'jupyterlab')}
+    rows = {'wsl_nb': _found('wsl_nb'), 'python': platform.python_version(), 'system': platform.platform()}
+    rows |= {p: _found(p) for p in ('torch', 'torchvision', 'timm', 'accelerate', 'numpy', 'pydensecrf2', 'jupyterlab')}
     rows |= {'device': torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU', 'threads': torch.get_num_threads()}
     rows |= {'methods': ' '.join(methods_present()), 'WSL_NB_DATA': os.environ.get('WSL_NB_DATA', 'not set'), 'WSL_NB_CACHE': os.environ.get('WSL_NB_CACHE', 'not set')}
     for name, value in rows.items(): print(f'{name:13}{value}')
@@ -522,22 +522,22 @@ def dispatch(
         return 2
     return COMMANDS[args.command][1](args, flags)
 
-# %% ../nbs/17_cli.ipynb #caf37dcb
+# %% ../nbs/17_cli.ipynb #738b265f
 def main(
     argv: list | None = None, # Words after `wsl-nb`; None: those of the process
 ) -> int: # Exit code: 0, 2, 3 or 130
     "The command `wsl-nb`."
     argv = list(sys.argv[1:] if argv is None else argv)
-    def ended(error, code):
+    def _ended(error, code):
         if '--debug' in argv: traceback.print_exc()
         print(f'wsl-nb: {error}', file=sys.stderr)
         return code
     try: return dispatch(argv)
-    except SystemExit as e: return e.code if isinstance(e.code, int) else int(e.code is not None) and ended(e.code, 2)
-    except KeyboardInterrupt: return ended('interrupted', 130)
+    except SystemExit as e: return e.code if isinstance(e.code, int) else int(e.code is not None) and _ended(e.code, 2)
+    except KeyboardInterrupt: return _ended('interrupted', 130)
     except Exception as e:
         from wsl_nb.core import BadInput, NonFinite
-        if isinstance(e, (BadInput, NonFinite)): return ended(e, 2 if isinstance(e, BadInput) else 3)
+        if isinstance(e, (BadInput, NonFinite)): return _ended(e, 2 if isinstance(e, BadInput) else 3)
         raise
 
 # %% ../nbs/17_cli.ipynb #b1053848

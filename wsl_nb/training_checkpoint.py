@@ -190,16 +190,15 @@ def changed(
     "Fields in which two configs differ."
     return [f'{k}: {old.get(k, "absent")} -> {new.get(k, "absent")}' for k in sorted({*old, *new}) if old.get(k, '\0') != new.get(k, '\0')]
 
-# %% ../nbs/14a_training_checkpoint.ipynb #9bb2c379
+# %% ../nbs/14a_training_checkpoint.ipynb #f16035c8
 def read_log(
     out: str | Path, # Run folder, maybe not there yet
 ) -> list[dict]: # One record a line
-    "The lines of a run's log.jsonl; a last line that is still being written is left out."
+    "The lines of a run's log.jsonl; one that a kill cut short, or that is still being written, is left out."
     file = Path(out)/'log.jsonl'
-    lines = file.read_text(encoding='utf-8').splitlines() if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith('}')]
+    return [v for v in map(_parse, file.read_text().splitlines()) if v is not None] if file.exists() else []
 
-# %% ../nbs/14a_training_checkpoint.ipynb #16a7e20f
+# %% ../nbs/14a_training_checkpoint.ipynb #9d6b6ca2
 class Log:
     "Lines of JSON in `log.jsonl`, and the same scalars in TensorBoard where it is installed."
     def __init__(self,
@@ -207,13 +206,9 @@ class Log:
         step: int = 0, # Lines of this step and later are cut
     ): # An open log
         self.path = Path(out)/'log.jsonl'
-        kept = [line for line in (self.read() if self.path.exists() else []) if line['step'] < step]
+        kept = [line for line in read_log(out) if line['step'] < step]
         with core.atomic(self.path) as spare: spare.write_text(''.join(json.dumps(line) + '\n' for line in kept))
         self.board = _board(Path(out)/'tensorboard', step)
-
-    def read(self) -> list[dict]: # One dict a complete line
-        "Lines of the log; a line that a kill cut short is left out."
-        return [v for v in map(_parse, self.path.read_text().splitlines()) if v is not None]
 
     def write(self,
         **line, # JSON values; `step` is one of them

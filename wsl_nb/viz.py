@@ -63,15 +63,15 @@ def save_figure(
     with atomic(path) as spare: spare.write_bytes(png(figure, dpi))
     return Path(path)
 
-# %% ../nbs/15_viz.ipynb #bbc3e8ba
+# %% ../nbs/15_viz.ipynb #28008810
 def styled(
     draw, # Function that returns a figure
 ): # The same function
     "Runs a drawing function under `STYLE`, and leaves the caller's own settings as they were."
     @functools.wraps(draw)
-    def wrapped(*args, **kwargs):
+    def _wrapped(*args, **kwargs):
         with matplotlib.rc_context(STYLE): return draw(*args, **kwargs)
-    return wrapped
+    return _wrapped
 
 # %% ../nbs/15_viz.ipynb #38c93045
 def panels(
@@ -256,17 +256,17 @@ def draw_boxes(
             if texts: ax.text(x1, y1, texts[i], color='white', backgroundcolor=colour, fontsize=6, va='top')
     return figure
 
-# %% ../nbs/15_viz.ipynb #e20b1448
+# %% ../nbs/15_viz.ipynb #09fad7a1
 def log_values(
     records: list, # Dicts, one for each logged step
     key: str, # A key, a key of the inner `terms`, or a path such as `lr.head`
 ) -> np.ndarray: # float (n,), NaN where the record has no such key
     "One column of a log."
-    def find(record):
+    def _find(record):
         for part in key.split('.'):
             record = record.get(part, (record.get('terms') or {}).get(part)) if isinstance(record, dict) else None
         return math.nan if record is None else float(record)
-    return np.array([find(r) for r in records])
+    return np.array([_find(r) for r in records])
 
 # %% ../nbs/15_viz.ipynb #925d52da
 def chart(
