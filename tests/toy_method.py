@@ -54,7 +54,7 @@ def total(terms, model, step, cfg): return sum(weights(cfg, step)[k] * v for k, 
 def train_transform(sample, generator): return sample | {'image': normalise(sample['image'])}
 
 
-def demo(out): (out / 'result.json').write_text('[]')
+def demo(out, seeds=(0,)): (out / 'result.json').write_text('[]')
 
 
 def train(cfg, data, out, resume=False):

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'LAYOUTS', 'COMMANDS', 'OPTIONS', 'methods_present', 'method', 'config_class', 'presets', 'as_flags',
-           'read_yaml', 'recipe', 'chosen_recipe', 'embedded_arguments', 'open_data', 'first', 'fresh', 'run_demo',
-           'clone', 'run_lab', 'note_classes', 'run_train', 'load_model', 'trained', 'run_eval', 'run_replay',
-           'recorded', 'run_results', 'run_assets', 'own_images', 'predictor', 'from_weights', 'run_predict',
-           'data_list', 'data_make', 'data_check', 'run_doctor', 'add_options', 'build_parser', 'options_help',
-           'dispatch', 'main']
+           'read_yaml', 'recipe', 'chosen_recipe', 'embedded_arguments', 'open_data', 'first', 'fresh', 'seed_list',
+           'run_demo', 'clone', 'run_lab', 'note_classes', 'run_train', 'load_model', 'trained', 'run_eval',
+           'run_replay', 'recorded', 'run_results', 'run_assets', 'own_images', 'predictor', 'from_weights',
+           'run_predict', 'data_list', 'data_make', 'data_check', 'run_doctor', 'add_options', 'build_parser',
+           'options_help', 'dispatch', 'main']
 
 # %% ../nbs/17_cli.ipynb #c8797e54
 import argparse, copy, dataclasses, importlib, importlib.util, inspect, json, os, pkgutil, shutil, subprocess, sys, traceback
@@ -156,7 +156,17 @@ def fresh(
     folder.mkdir(parents=True, exist_ok=True); (folder/'.wsl-nb').touch()
     return folder
 
-# %% ../nbs/17_cli.ipynb #98e1de7f
+# %% ../nbs/17_cli.ipynb #35f028e0
+def seed_list(
+    text: str, # Numbers with commas
+) -> tuple: # Seeds
+    "The seeds that a flag names. Raises: `BadInput` for anything but different whole numbers."
+    from wsl_nb.core import require
+    words = [w.strip() for w in text.split(',')]
+    require(all(w.isdigit() for w in words) and len(set(words)) == len(words), f'--seeds {text}', 'different whole numbers with commas, e.g. 0,1,2', 'mend the list')
+    return tuple(map(int, words))
+
+# %% ../nbs/17_cli.ipynb #a1be1c1b
 def run_demo(
     args: argparse.Namespace, # Parsed line
     flags: list, # Words that argparse did not know
@@ -166,7 +176,7 @@ def run_demo(
     parts = [method(n) for n in names]
     for module in parts:
         out = fresh(Path(args.out or 'out/demo')/(module.name if args.method == 'all' else ''), args.overwrite)
-        module.demo(out); print(f'wrote {out}')
+        module.demo(out, seed_list(args.seeds)); print(f'wrote {out}')
     return 0
 
 # %% ../nbs/17_cli.ipynb #9ff99caf
@@ -441,9 +451,9 @@ def run_doctor(
     for name, value in rows.items(): print(f'{name:13}{value}')
     return 0
 
-# %% ../nbs/17_cli.ipynb #e39a5def
+# %% ../nbs/17_cli.ipynb #f97617bd
 COMMANDS = {
-    'demo': ('small recipe on embedded data: table, pictures, report.html', run_demo, 'method? --out --overwrite'),
+    'demo': ('small recipe on embedded data: table, pictures, report.html', run_demo, 'method? --out --seeds --overwrite'),
     'lab': ('JupyterLab on the first lesson', run_lab, ''),
     'train': ('train a method; every field of its recipe is a flag', run_train, 'method --preset --data --out --resume --config'),
     'eval': ('scores of a run', run_eval, 'method --run! --checkpoint --data --split --num-images --out --overwrite'),
@@ -457,12 +467,13 @@ COMMANDS = {
     'assets make': ('train a shipped small model', run_assets, 'name'),
 } # Words of the command -> (help, function, options; `!` required, `?` may be left out)
 
-# %% ../nbs/17_cli.ipynb #ef69f295
+# %% ../nbs/17_cli.ipynb #2dcafc96
 OPTIONS = {
     'method': dict(help=f'one of {", ".join(METHODS)}'), 'method?': dict(nargs='?', default='more', help='a method, or all (more)'),
     'folder': dict(help='the folder'), 'results?': dict(nargs='?', default='results', help='the folder (results)', metavar='DIR'),
     'name': dict(help='which one'), 'layout': dict(help='voc, coco, …'), 'images': dict(nargs='+', help='image files, or a folder', metavar='IMAGE'),
     '--out': dict(help='where to write'), '--overwrite': dict(action='store_true', help='replace what an earlier command wrote there'),
+    '--seeds': dict(default='0', help='one or more, with commas; several give a mean with its spread (0)'),
     '--preset': dict(default='LAPTOP', help='recipe by name (LAPTOP)'), '--data': dict(help='folder of the data; without it, data are drawn'),
     '--resume': dict(action='store_true', help='go on from the last checkpoint in --out'), '--config': dict(help='YAML file of recipe fields'),
     '--run': dict(help='folder that train wrote'), '--checkpoint': dict(default='best', help='best, last or a number of steps (best)'),

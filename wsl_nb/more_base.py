@@ -18,7 +18,7 @@ from .core import denormalise
 from .crf import dense_energy, par_refine
 from .training import RunConfig
 
-# %% ../nbs/02b_more_base.ipynb #b20be32b
+# %% ../nbs/02b_more_base.ipynb #c5c49ed9
 @dataclass(frozen=True)
 class MoReConfig(RunConfig):
     "Recipe of MoRe; the defaults are the released VOC 2012 script, one field for each of its quirks."
@@ -43,6 +43,7 @@ class MoReConfig(RunConfig):
     position: Literal['scale', 'size'] = 'scale' # How the position table is resized: 'scale' or 'size'
     aux_block: int = -3 # Block whose patches feed the auxiliary head
     decoder_dim: int = 512 # Width of the decoder
+    decoder_dilation: int = 5 # Reach of its 3x3 convolutions, patches
     # graph category representation
     gcr: bool = True # False: class tokens are used as they are
     neighbours: int | None = None # Tails kept for each class; None: half the number of classes
@@ -97,9 +98,9 @@ class MoReConfig(RunConfig):
 # %% ../nbs/02b_more_base.ipynb #cff2f583
 VOC_OFFICIAL = MoReConfig() # What the released VOC script does
 
-# %% ../nbs/02b_more_base.ipynb #8ac53c19
+# %% ../nbs/02b_more_base.ipynb #d2089075
 LAPTOP = replace(VOC_OFFICIAL, layout='embedded', train_split='train', data_train=2000, data_eval=400,
-    dim=64, depth=4, heads=4, patch=8, side=12, mlp_ratio=3., stem='conv', patch_window=3, register_std=.02, decoder_dim=64,
+    dim=64, depth=4, heads=4, patch=8, side=12, mlp_ratio=3., stem='conv', patch_window=3, register_std=.02, decoder_dim=64, decoder_dilation=1,
     crop=96, crop_area=(.5, 1.), jitter=.3, scales=(1.,), eval_scales=(1.,), switch=350, seg_from=400, decoder_map='lam', refine=(.2, .4), w_reg=0., background=.4,
     steps=700, batch=16, lr=2e-3, head_lr=2., weight_decay=.01, schedule='onecycle', warmup=0, idle_grad='none', checkpoint_every=0, log_every=10)
 LAPTOP_BASELINE = replace(LAPTOP, gcr=False, w_cre=0., w_ure=0.)

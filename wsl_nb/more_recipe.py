@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['COCO_OFFICIAL', 'DEMO', 'SHOWN', 'recipe_rows', 'train_transform', 'eval_transform', 'Maps', 'infer', 'spread',
-           'tally', 'evaluate', 'train', 'from_official', 'read_weights', 'fitted_size', 'predict', 'demo_data',
-           'train_and_score', 'load_run', 'table_rows', 'last_step', 'run_all', 'demo', 'demo_pictures', 'report']
+           'tally', 'evaluate', 'train', 'from_official', 'start_from', 'read_weights', 'fitted_size', 'predict',
+           'demo_data', 'train_and_score', 'load_run', 'table_rows', 'last_step', 'run_all', 'demo', 'demo_pictures',
+           'report']
 
-# %% ../nbs/02a_more_recipe.ipynb #16f000c3
+# %% ../nbs/02a_more_recipe.ipynb #8f50bf37
 import json, math, time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -23,9 +24,10 @@ from .core import BadInput, atomic, normalise, require, seed_everything, state_h
 from .data_transforms import RandomView, Square
 from .maps import class_maps, hard_labels, multi_scale
 from .metrics import combine, confusion_matrix, far_mass, hot_isolated, record, segmentation_scores, tags_f1
-from .more import MoRe, attention_maps, groups, losses, total
+from .more import MoRe, attention_maps, copy_tokens, groups, losses, total
 from .more_base import LAPTOP, LAPTOP_BASELINE, VOC_OFFICIAL, MoReConfig, preset_name, weights
 from .training import Run, each_once, lr_factor, sum_processes
+from .vit import resize_positions
 
 # %% ../nbs/02a_more_recipe.ipynb #c6bf3975
 COCO_OFFICIAL = replace(VOC_OFFICIAL, layout='coco', train_split='train', steps=80000, batch=2, crop_mode='padded', jitter=.8,
@@ -62,7 +64,7 @@ class Maps(NamedTuple):
     seg: Tensor # Decoder's label map, uint8 (B,H,W)
     scores: Tensor # Class logits, (B,C)
 
-# %% ../nbs/02a_more_recipe.ipynb #f37c5a61
+# %% ../nbs/02a_more_recipe.ipynb #5a43e9be
 @torch.no_grad()
 def infer(
     model: MoRe, # In evaluation mode
@@ -71,11 +73,11 @@ def infer(
 ) -> Maps: # At image size
     "Multi-scale maps, single-scale decoder and class scores. No image label is used."
     out = model(image)
-    def maps_of(x):
+    def _maps_of(x):
         features, _, tokens = model.features(x)
         return class_maps(features, model.classifier), attention_maps(features, model.graph(tokens, features))
     first = class_maps(out.features, model.classifier), attention_maps(out.features, out.tokens)
-    cam, lam = multi_scale(maps_of, image, cfg.eval_scales, (True, False), first if cfg.eval_scales[0] == 1 else None)
+    cam, lam = multi_scale(_maps_of, image, cfg.eval_scales, (True, False), first if cfg.eval_scales[0] == 1 else None)
     seg = F.interpolate(out.seg.float(), size=image.shape[-2:], mode='bilinear', align_corners=False).argmax(1)
     return Maps(cam, lam, seg.to(torch.uint8), out.cls.float())
 
@@ -149,7 +151,7 @@ def _protocol(metric, cfg):
     return dict(labels='image-level', tags='true' if soft else 'none', scales=str(cfg.eval_scales) + ' and mirror' if soft else '1', size=f'{cfg.crop} x {cfg.crop}, squashed',
                 crf='none', threshold=f'background {cfg.background}' if soft else 'argmax', border='ignored where 255')
 
-# %% ../nbs/02a_more_recipe.ipynb #af40bb48
+# %% ../nbs/02a_more_recipe.ipynb #ffe84322
 def train(
     cfg: MoReConfig, # Recipe
     data, # `data.Set`
@@ -159,7 +161,7 @@ def train(
     "Trains a model from image-level labels; everything of the run is in its folder."
     seed_everything(cfg.seed, 'weights')
     model = MoRe(cfg, len(data.classes))
-    if cfg.init: model.load_state_dict(from_official(cfg.init))
+    if cfg.init: start_from(model, read_weights(cfg.init))
     run = Run(cfg, out, resume, model, groups(model, cfg), lr_factor, data.split(cfg.train_split, ('image', 'label'), train_transform(cfg)))
     for step, batch in run:
         with run.forward(): terms = losses(run.model, batch, step, cfg)
@@ -182,6 +184,28 @@ def from_official(
     require(not early, f'{early[0] if early else ""}, a name of the first public version', 'head_proj, tail_proj, linear1, linear2', 'use a later checkpoint: that version computes another formula')
     require(not odd and state, f'entries {odd[:3]}' if state else 'no entries', 'parameters of encoder, classifier, aux_classifier, decoder, graph_layer', 'pass a MoRe checkpoint')
     return {k: v for k, v in state.items() if not k.startswith(unused)}
+
+# %% ../nbs/02a_more_recipe.ipynb #65fabcd0
+def start_from(
+    model: MoRe, # Changed in place
+    state: dict, # Of a MoRe run, of the released code, or of a plain ViT under timm's names
+) -> None: # All weights are taken over, or none
+    "Starts a model from a weight file. A plain ViT gives the encoder: its class token and position are copied to all front tokens. Raises: `BadInput` for names or shapes that do not fit. Source: official code."
+    encoder = model.encoder
+    if 'blocks.0.attn.qkv.weight' in state:
+        grid = encoder.pos_embed.shape[1] - encoder.front
+        vit = {k: v for k, v in state.items() if not k.startswith(('head.', 'fc_norm.', 'pre_logits.'))}
+        place = vit['pos_embed']
+        if place.shape[1] - 1 != grid: place = torch.cat([place[:, :1], resize_positions(place[:, 1:], (math.isqrt(grid),) * 2, 'size')], 1)
+        front = dict(cls_token=vit['cls_token'].expand(-1, encoder.front, -1), pos_embed=torch.cat([place[:, :1].expand(-1, encoder.front, -1), place[:, 1:]], 1))
+        new = model.state_dict() | {f'encoder.{k}': v for k, v in (vit | front).items()}
+    else: new = from_official(state)
+    now = model.state_dict()
+    odd = [k for k in {**now, **new} if k not in now or k not in new or now[k].shape != new[k].shape]
+    shape = lambda s, k: tuple(s[k].shape) if k in s else 'absent'
+    require(not odd, f'{len(odd)} weights that do not fit, e.g. {odd[0]}: {shape(new, odd[0])}' if odd else '', f'{shape(now, odd[0])} as in this recipe' if odd else '', 'use the recipe and the number of classes that the file was made with')
+    model.load_state_dict(new)
+    if 'blocks.0.attn.qkv.weight' in state: copy_tokens(encoder, model.cfg.registers, model.cfg.register_std)
 
 # %% ../nbs/02a_more_recipe.ipynb #12e17a6d
 def read_weights(
@@ -265,18 +289,18 @@ def load_run(
     disk.load_weights(model, disk.read_parts(folder)['model.safetensors'], str(folder))
     return model.eval(), cfg
 
-# %% ../nbs/02a_more_recipe.ipynb #3aece0ed
+# %% ../nbs/02a_more_recipe.ipynb #8e68530b
 def table_rows(
     results: dict[str, list], # Name of each recipe -> records
     metrics: tuple[str, ...] = SHOWN, # Which rows, in this order
 ) -> list[dict]: # One row a metric
     "Records side by side, with the spread where there are several seeds."
-    def cell(records, name):
+    def _cell(records, name):
         r = next((r for r in records if r.metric == name), None)
         if r is None: return '-'
         digits = 1 if r.unit == '%' else 3
         return f'{r.value:.{digits}f}' + (f' ± {r.spread:.{digits}f}' if isinstance(r.spread, float) else '')
-    return [{'metric': m} | {k: cell(v, m) for k, v in results.items()} for m in metrics]
+    return [{'metric': m} | {k: _cell(v, m) for k, v in results.items()} for m in metrics]
 
 # %% ../nbs/02a_more_recipe.ipynb #bbb6d325
 def last_step(
