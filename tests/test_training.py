@@ -61,7 +61,7 @@ def kill_and_resume(out, kills, method, seed=0, **changes):
     assert job.returncode == 0, text
 
 
-@pytest.mark.parametrize('method', ['linear'])
+@pytest.mark.parametrize('method', ['linear', 'more'])
 def test_two_kills(tmp_path, method):
     changes = dict(workers=1, accumulate=2)
     whole(tmp_path/'whole', method, **changes)
@@ -70,7 +70,7 @@ def test_two_kills(tmp_path, method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('method', ['linear'])
+@pytest.mark.parametrize('method', ['linear', 'more'])
 @pytest.mark.parametrize('workers', [1, 2])
 @pytest.mark.parametrize('accumulate', [1, 2])
 def test_ten_kills(tmp_path, method, workers, accumulate):
@@ -105,6 +105,21 @@ def test_resume_equals_uninterrupted(tmp_path, changes):
     lm.train(cfg, data, tmp_path/'b', resume=True)
     same(tmp_path/'a', tmp_path/'b')
     if cfg.ema: assert all(torch.equal(v, w) for v, w in zip(*[load_file(disk.checkpoint(tmp_path/x)/'ema.safetensors').values() for x in 'ab']))
+
+
+def test_more_resumes_before_and_after_its_switch(tmp_path):
+    "Every term is active on both sides of some checkpoint; workers and accumulation change nothing."
+    changes = dict(accumulate=2, workers=1, keep_last=9, data_train=8)
+    whole(tmp_path/'a', 'more', **changes)
+    terms = [set(l['terms']) for l in log(tmp_path/'a') if 'terms' in l]
+    assert terms[0] == {'cls', 'aux', 'mct'} and len(terms[3]) == 6 and len(terms[-1]) == 8
+    for steps in (3, 9):
+        cut = Path(shutil.copytree(tmp_path/'a', tmp_path/f'cut{steps}')); (cut/'result.json').unlink()
+        for folder in disk.checkpoints(cut):
+            if int(folder.name.split('_')[1]) > steps: shutil.rmtree(folder)
+        module, cfg, data = prepare('more', changes)
+        module.train(cfg, data, cut, resume=True)
+        same(tmp_path/'a', cut)
 
 
 def test_workers_do_not_matter(tmp_path):
@@ -188,11 +203,11 @@ def test_accumulation_is_a_mean_over_passes(tmp_path):
     assert torch.allclose(x['cls.bias'], y['cls.bias'], atol=2e-2)
 
 
-def two_processes(out, **changes):
+def two_processes(out, method='linear', **changes):
     "The same run in two processes on this machine."
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     group = dict(WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    jobs = [child(out, *flags(changes), env=ENV | group | dict(RANK=str(r), LOCAL_RANK=str(r))) for r in (0, 1)]
+    jobs = [child(out, *flags(changes), method=method, env=ENV | group | dict(RANK=str(r), LOCAL_RANK=str(r))) for r in (0, 1)]
     texts = [job.communicate(timeout=300)[0] for job in jobs]
     return [job.returncode for job in jobs], texts
 
@@ -210,6 +225,24 @@ def test_two_processes_equal_accumulation(tmp_path):
     a, b = ([l['total'] for l in log(tmp_path/x) if 'total' in l] for x in ('one', 'two'))
     assert a == pytest.approx(b, abs=1e-6)
     assert [l['scores'] for l in log(tmp_path/'two') if 'scores' in l] == [l['scores'] for l in log(tmp_path/'one') if 'scores' in l]
+
+
+def test_more_in_two_processes_equals_accumulation(tmp_path):
+    """N processes of micro-batch b give the update of one process with b and N passes, across every first step and the switch.
+
+    That holds for all terms, as each is computed on a micro-batch in both. One batch of N*b is another matter: PTC divides by the pairs
+    and the balanced cross-entropy by the pixels of a whole micro-batch, URE by its tokens; those are no means over images.
+    """
+    changes = dict(steps=10, workers=0)
+    whole(tmp_path/'one', 'more', accumulate=2, **changes)
+    codes, texts = two_processes(tmp_path/'two', 'more', accumulate=1, **changes)
+    assert codes == [0, 0], texts
+    one, two = final(tmp_path/'one'), final(tmp_path/'two')
+    assert one.keys() == two.keys() and max((one[k] - two[k]).abs().max().item() for k in one) < 1e-6
+    a, b = ([l['terms'] for l in log(tmp_path/x) if 'terms' in l] for x in ('one', 'two'))
+    assert len(a) == 10 and all(x == pytest.approx(y, rel=1e-4, abs=1e-6) for x, y in zip(a, b))
+    assert [l['scores'] for l in log(tmp_path/'two') if 'scores' in l] == [pytest.approx(l['scores'], rel=1e-6) for l in log(tmp_path/'one') if 'scores' in l]
+    assert sum('DDP runs with find_unused_parameters=True' in t for t in texts) == 1 and not any('Warning' in t for t in texts), texts
 
 
 @pytest.mark.slow

@@ -3,10 +3,13 @@
 Usage: python training_child.py METHOD OUT [--pause SECONDS] [field=value …]. Resumes if OUT has begun.
 """
 import ast, dataclasses, pathlib, sys, time
+from dataclasses import replace
 
 import torch
 
 from wsl_nb import training
+from wsl_nb.data import embedded
+from wsl_nb.more_base import LAPTOP
 
 
 def linear():
@@ -16,7 +19,17 @@ def linear():
     return linear_method, cfg, linear_method.Tiny
 
 
-METHODS = dict(linear=linear) # a method joins here with a config of some seconds
+MORE_TINY = replace(LAPTOP, data_preset='small', data_train=12, data_eval=2, dim=16, depth=3, heads=2, side=8, mlp_ratio=2., crop=64, decoder_dim=16, scales=(1., .5), w_reg=.05,
+                    ptc_from=2, lir_from=1, seg_from=5, switch=7, steps=12, batch=2, lr=1e-3, checkpoint_every=3, log_every=1) # Every term and both sides of every switch in twelve steps
+
+
+def more():
+    "MoRe at the size of a stamp, on drawn images."
+    from wsl_nb import more_recipe
+    return more_recipe, MORE_TINY, lambda cfg: embedded(cfg.data_preset, size=cfg.crop, train=cfg.data_train, val=cfg.data_eval, test=0)
+
+
+METHODS = dict(linear=linear, more=more) # a method joins here with a config of some seconds
 
 
 def prepare(method, changes):

@@ -98,11 +98,11 @@ class MoReConfig(RunConfig):
 # %% ../nbs/02b_more_base.ipynb #cff2f583
 VOC_OFFICIAL = MoReConfig() # What the released VOC script does
 
-# %% ../nbs/02b_more_base.ipynb #d2089075
+# %% ../nbs/02b_more_base.ipynb #b2332fd7
 LAPTOP = replace(VOC_OFFICIAL, layout='embedded', train_split='train', data_train=2000, data_eval=400,
     dim=64, depth=4, heads=4, patch=8, side=12, mlp_ratio=3., stem='conv', patch_window=3, register_std=.02, decoder_dim=64, decoder_dilation=1,
-    crop=96, crop_area=(.5, 1.), jitter=.3, scales=(1.,), eval_scales=(1.,), switch=350, seg_from=400, decoder_map='lam', refine=(.2, .4), w_reg=0., background=.4,
-    steps=700, batch=16, lr=2e-3, head_lr=2., weight_decay=.01, schedule='onecycle', warmup=0, idle_grad='none', checkpoint_every=0, log_every=10)
+    crop=96, crop_area=(.8, 1.), jitter=0., scales=(1.,), eval_scales=(1.,), switch=300, seg_from=400, decoder_map='lam', refine=(.2, .4), w_reg=0., background=.4,
+    steps=600, batch=16, lr=2e-3, head_lr=2., weight_decay=.01, schedule='onecycle', warmup=0, idle_grad='none', checkpoint_every=0, log_every=10)
 LAPTOP_BASELINE = replace(LAPTOP, gcr=False, w_cre=0., w_ure=0.)
 
 # %% ../nbs/02b_more_base.ipynb #98b14898

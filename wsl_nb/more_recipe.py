@@ -368,7 +368,7 @@ def demo_pictures(
     title = lambda key, c: f'{key}: {data.classes[c]}'
     return [draw_maps(s['image'], [m[i, c] for m in named.values()], [title(k, c) for k in named], s['mask'] == c + 1) for i, (s, c) in enumerate(zip(samples, first))]
 
-# %% ../nbs/02a_more_recipe.ipynb #a89f7e41
+# %% ../nbs/02a_more_recipe.ipynb #9b089a69
 def report(
     out: str | Path, # Folder of the demo
     results: dict[str, list], # Name of each recipe -> records
@@ -387,4 +387,4 @@ def report(
         dict(title='Scores on held-out images', rows=table_rows(results), text='CAM: class activation map. LAM: localisation attention map, the match of each patch with the class token. mIoU in percent, higher is better; everything else but tags F1: lower is better. Confusion ratio: false over true positives. Far mass: share of what exceeds the background score that lies further than a sixth of the image side from the object.'),
         dict(title='The maps', text='First test images, not chosen. Green outline: the true object, which no model has seen in training.', figures=figures),
         dict(title='The losses', figures=curves, text='mct falls to zero in both runs: the class tokens become different. Only with CRE do they also come to mean their class.'),
-        dict(title='Go on', text='The lesson 02_more explains every block. The page and the runs beside it can be kept: config.yaml, log.jsonl and checkpoints are complete.', code='make lab\nwsl-nb train more --preset LAPTOP --out out/mine --steps 1400')])
+        dict(title='Go on', text='The lesson 02_more explains every block. The page and the runs beside it can be kept: config.yaml, log.jsonl and checkpoints are complete.', code='make lab\nwsl-nb train more --preset LAPTOP --out out/mine --steps 1200')])
