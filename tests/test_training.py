@@ -1,4 +1,4 @@
-"""The run of design.md section 4, proven on a linear classifier."""
+"""The run, proven on a linear classifier."""
 import json, os, random, shutil, signal, socket, subprocess, sys, time
 from pathlib import Path
 

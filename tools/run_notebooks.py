@@ -85,8 +85,9 @@ def state(book):
     inside = not book.stem.endswith('_cli')  # the command line reaches everything and shows nothing of it
     for module in closure(set().union(*(imported(c, inside) for c in cells))):
         digest.update(module.encode() + bare((PACKAGE / f'{module}.py').read_text(encoding='utf-8')).encode() + b'\0')
-    if any('recorded(' in c for c in cells):
-        for file in sorted((ROOT / 'results').rglob('result.json')): digest.update(file.read_bytes())
+    for call, files in {'recorded(': (ROOT / 'results').rglob('result.json'), 'shipped(': (PACKAGE / 'assets').glob('*.json')}.items():
+        if any(call in c for c in cells):
+            for file in sorted(files): digest.update(file.read_bytes())
     if book.stem == 'index':  # its tables list the other notebooks
         for other in sorted(NBS.glob('[0-9]*.ipynb')): digest.update(other.name.encode() + head(other).encode())
     return digest.hexdigest()[:16]

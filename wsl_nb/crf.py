@@ -33,7 +33,7 @@ def _shifted(x: Tensor, shifts: list) -> list[Tensor]:
     padded = F.pad(x, (r,) * 4, mode='replicate')
     return [padded[..., r + y:r + y + h, r + x:r + x + w] for y, x in shifts]
 
-# %% ../nbs/12_crf.ipynb #432136b9
+# %% ../nbs/12_crf.ipynb #62340fe1
 @torch.no_grad()
 def par_affinity(
     image: Tensor, # In [0,1], (B,3,H,W)
@@ -41,7 +41,7 @@ def par_affinity(
     w1: float = .3, # Width of both kernels, in standard deviations
     w2: float = .01, # Weight of the distance part
 ) -> Tensor: # (B,n,H,W), n = 8 * len(dilations), sums to 1 + w2 over n
-    "Weight of each of the n neighbours of each pixel; the largest array it makes is the result. Raises: `BadInput`. Source: more.md 3.8 (official code)."
+    "Weight of each of the n neighbours of each pixel; the largest array it makes is the result. Raises: `BadInput`. Source: official code."
     require(image.ndim == 4 and image.shape[1] == 3 and image.is_floating_point(), f'image {tuple(image.shape)} {image.dtype}', 'float (B,3,H,W)', 'stack the images, scale them to [0,1]')
     shifts = _shifts(dilations); around, n = _shifted(image, shifts), len(shifts)
     mean, var, d = torch.zeros_like(image), torch.zeros_like(image), torch.empty_like(image)
@@ -64,7 +64,7 @@ def _rows(height: int, width: int, shifts: list, device) -> Tensor:
     rows = [(y + dy).clamp(0, height - 1)[:, None] * width + (x + dx).clamp(0, width - 1) for dy, dx in shifts]
     return torch.stack(rows, -1).view(height * width, -1)
 
-# %% ../nbs/12_crf.ipynb #e05a7df4
+# %% ../nbs/12_crf.ipynb #0115648e
 @torch.no_grad()
 def par_refine(
     image: Tensor, # In [0,1], (B,3,H,W)
@@ -74,7 +74,7 @@ def par_refine(
     w1: float = .3, # Width of both kernels, in standard deviations
     w2: float = .01, # Weight of the distance part
 ) -> Tensor: # (B,K,H,W), no gradient
-    "Maps resized to the image (bilinear, corners aligned) and spread along its colours. Raises: `BadInput`. Source: more.md 3.8 (official code)."
+    "Maps resized to the image (bilinear, corners aligned) and spread along its colours. Raises: `BadInput`. Source: official code."
     require(masks.ndim == 4 and masks.shape[0] == image.shape[0], f'masks {tuple(masks.shape)} for image {tuple(image.shape)}', 'one stack (K,h,w) an image', 'stack them to (B,K,h,w)')
     require(masks.is_floating_point(), f'masks of {masks.dtype}', 'scores as floats', 'refine scores, not labels')
     weight = par_affinity(image.to(masks.dtype), dilations, w1, w2)
@@ -195,7 +195,7 @@ def _torch_crf(image: np.ndarray, unary: np.ndarray, p: CRFParams) -> np.ndarray
     for _ in range(p.iterations): q = (score + sum(c * s * k(q * s) for (c, k), s in zip(kernels, norms))).softmax(1)
     return q.T.reshape(n, h, w).contiguous().numpy()
 
-# %% ../nbs/12_crf.ipynb #f13986ba
+# %% ../nbs/12_crf.ipynb #8ec592b7
 @torch.no_grad()
 def dense_crf(
     image: np.ndarray, # uint8 (H,W,3)
@@ -204,7 +204,7 @@ def dense_crf(
     backend: str = 'auto', # auto: pydensecrf if installed, else torch with one warning
 ) -> np.ndarray: # float32 (n,H,W), sums to 1 over n
     """Probabilities after mean field on all pixels; pass only the classes that may occur, the cost grows with n.
-    Raises: `BadInput` for wrong types, sizes or values, `MissingPackage` if the backend named is absent. Source: more.md 6 (official parameters)."""
+    Raises: `BadInput` for wrong types, sizes or values, `MissingPackage` if the backend named is absent. Source: official code (parameters)."""
     name = crf_backend(backend)
     if name == 'torch' and backend == 'auto': _warn_fallback()
     image, prob = np.asarray(image), prob.detach().cpu().numpy() if isinstance(prob, Tensor) else np.asarray(prob)
@@ -223,9 +223,9 @@ def _gaussian_sum(features: Tensor, values: Tensor, tile: int) -> Tensor:
     pairs = (torch.cdist(part, features, compute_mode='donot_use_mm_for_euclid_dist') for part in features.split(step))
     return torch.cat([d.square_().mul_(-.5).exp_() @ values for d in pairs])
 
-# %% ../nbs/12_crf.ipynb #83454997
+# %% ../nbs/12_crf.ipynb #72c65480
 class DenseEnergy(torch.autograd.Function):
-    "Energy of probabilities under a Gaussian kernel, with the published gradient. Source: more.md 4 (L_reg)."
+    "Energy of probabilities under a Gaussian kernel, with the published gradient. Source: official code."
     @staticmethod
     def forward(ctx,
         prob: Tensor, # (B,N,C)
@@ -247,7 +247,7 @@ class DenseEnergy(torch.autograd.Function):
         "-2 weight / B * g (K S): g is a constant, K is symmetric."
         return 2 * ctx.factor * grad * ctx.saved_tensors[0], None, None, None, None
 
-# %% ../nbs/12_crf.ipynb #bdde3bb0
+# %% ../nbs/12_crf.ipynb #b194b12b
 def dense_energy(
     image: Tensor, # Before normalisation, in [0,1], (B,3,H,W); `core.denormalise` gives it, no rounding to 8 bits
     logits: Tensor, # Of the decoder, (B,C,h,w), resized to the image
@@ -259,7 +259,7 @@ def dense_energy(
     kernel: str = 'exact', # exact: Gaussian sums, time grows with (H*W)^2; lattice: linear time, about half the value, as published
     tile: int = 1 << 20, # Kernel entries held at a time when exact
 ) -> Tensor: # Scalar, float32
-    "Dense energy loss. Raises: `BadInput`. Source: more.md 4 (L_reg)."
+    "Dense energy loss. Raises: `BadInput`. Source: official code."
     size = image.shape[-2:]
     require(kernel in ('exact', 'lattice'), f'kernel "{kernel}"', 'exact or lattice', 'choose one')
     require(labels.shape == (len(image), *size) and len(logits) == len(image), f'image {tuple(image.shape)}, labels {tuple(labels.shape)}, logits {tuple(logits.shape)}', '(B,3,H,W), (B,H,W), (B,C,h,w)', 'pass one crop')
