@@ -290,17 +290,17 @@ def run_replay(
     for name, value in replay(folder, found[0]).items(): print(f'{name:12} {value:.6g}')
     print('every term is finite'); return 0
 
-# %% ../nbs/17_cli.ipynb #eb1b7080
+# %% ../nbs/17_cli.ipynb #3a4b7574
 def recorded(
     folder: str | Path, # Searched with all folders below
 ) -> list: # `metrics.Result` records
     "The records in every result.json: of a run, or a bare list."
-    from wsl_nb.metrics import Result
+    from wsl_nb.metrics import from_row
     found = []
     for file in sorted(Path(folder).rglob('result.json')):
         content = json.loads(file.read_text(encoding='utf-8'))
         rows = content if isinstance(content, list) else content.get('records') or []
-        found += [Result(**{k: tuple(v) if isinstance(v, list) else v for k, v in r.items()}) for r in rows if 'schema' in r]
+        found += [from_row(r) for r in rows if 'schema' in r]
     return found
 
 # %% ../nbs/17_cli.ipynb #0b70a57a

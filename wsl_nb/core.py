@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'ASSETS', 'BadInput', 'require', 'NonFinite', 'key_entropy', 'rng', 'torch_rng', 'seed_everything',
            'read_image', 'read_mask', 'voc_palette', 'atomic', 'write_image', 'write_mask', 'file_hash', 'text_hash',
-           'state_hash', 'normalise', 'denormalise', 'minmax', 'asset', 'save_asset']
+           'state_hash', 'normalise', 'denormalise', 'minmax', 'full_precision', 'asset', 'save_asset']
 
-# %% ../nbs/10_core.ipynb #27085aa9
-import contextlib, hashlib, json, os, random, shutil, tempfile
+# %% ../nbs/10_core.ipynb #76303537
+import contextlib, functools, hashlib, json, os, random, shutil, tempfile
 from pathlib import Path
 
 import numpy as np
@@ -222,6 +222,16 @@ def minmax(
     "Each map stretched to [0,1) on its own: subtract its minimum, divide by its maximum plus eps."
     maps = maps - maps.amin((-2, -1), keepdim=True)
     return maps / (maps.amax((-2, -1), keepdim=True) + eps)
+
+# %% ../nbs/10_core.ipynb #c109c2cc
+def full_precision(
+    function, # Its first argument is a tensor
+): # The same function, outside autocast
+    "Runs a loss outside autocast; the function itself still casts its inputs with `.float()`."
+    @functools.wraps(function)
+    def _outside(first, *rest, **named):
+        with torch.autocast(first.device.type, enabled=False): return function(first, *rest, **named)
+    return _outside
 
 # %% ../nbs/10_core.ipynb #3d55731c
 ASSETS = Path(__file__).parent/'assets' if '__file__' in globals() else Path('../wsl_nb/assets')

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'PROTOCOL', 'confusion_matrix', 'segmentation_scores', 'tags_f1', 'far_mass', 'hot_isolated', 'pixel_auc',
-           'Result', 'device_name', 'record', 'combine', 'write_results', 'read_results', 'ledger', 'results_table']
+           'Result', 'device_name', 'record', 'combine', 'to_row', 'from_row', 'write_results', 'read_results',
+           'ledger', 'results_table']
 
 # %% ../nbs/11_metrics.ipynb #6d5eec96
 import json, math, subprocess
@@ -302,17 +303,33 @@ def _number(value):
     if isinstance(value, list): return tuple(_number(v) for v in value)
     return float(value) if value in ('inf', '-inf') else value
 
-# %% ../nbs/11_metrics.ipynb #4d9c9bfb
+# %% ../nbs/11_metrics.ipynb #2ce6fd6e
+def to_row(
+    result: Result, # Any kind
+) -> dict: # What JSON can hold
+    "A record as one JSON object."
+    return {k: _finite(v) for k, v in asdict(result).items()}
+
+# %% ../nbs/11_metrics.ipynb #2dc07bb8
+def from_row(
+    row: dict, # Made by `to_row`
+) -> Result: # Checked again
+    "A record from its JSON object. Raises: `BadInput` for unknown or missing fields, or a record that breaks its kind's rules."
+    known, needed = {f.name for f in fields(Result)}, {f.name for f in fields(Result) if f.default is MISSING}
+    require(needed <= set(row) <= known, f'unknown fields {sorted(set(row) - known)}, missing {sorted(needed - set(row))}', 'the fields of metrics.Result', 'rename or remove them')
+    return Result(**{k: _number(v) for k, v in row.items()})
+
+# %% ../nbs/11_metrics.ipynb #b8d6d97a
 def write_results(
     path: str | Path, # A .json file
     results: Sequence[Result], # Any kinds
 ) -> Path: # The path
     "Writes records as a JSON list, one object a line, whole or not at all."
-    lines = [json.dumps({k: _finite(v) for k, v in asdict(r).items()}, ensure_ascii=False, allow_nan=False) for r in results]
+    lines = [json.dumps(to_row(r), ensure_ascii=False, allow_nan=False) for r in results]
     with atomic(path) as spare: spare.write_text('[\n' + ',\n'.join(lines) + '\n]\n', encoding='utf-8')
     return Path(path)
 
-# %% ../nbs/11_metrics.ipynb #e672036d
+# %% ../nbs/11_metrics.ipynb #d290a67f
 def read_results(
     path: str | Path, # Written by `write_results`
 ) -> list[Result]: # In the order of the file, all checked again
@@ -320,10 +337,7 @@ def read_results(
     try: rows = json.loads(Path(path).read_text(encoding='utf-8'))
     except (OSError, ValueError) as e: raise BadInput(f'{path}: {e}', 'a results file', 'write it with metrics.write_results') from None
     require(isinstance(rows, list) and all(isinstance(r, dict) for r in rows), f'{path} without a list of objects', 'a list of records', 'write it with metrics.write_results')
-    known, needed = {f.name for f in fields(Result)}, {f.name for f in fields(Result) if f.default is MISSING}
-    for row in rows:
-        require(needed <= set(row) <= known, f'{path}: unknown fields {sorted(set(row) - known)}, missing {sorted(needed - set(row))}', 'the fields of metrics.Result', 'rename or remove them')
-    return [Result(**{k: _number(v) for k, v in row.items()}) for row in rows]
+    return [from_row(row) for row in rows]
 
 # %% ../nbs/11_metrics.ipynb #d1943ae0
 def ledger(

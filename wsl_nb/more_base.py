@@ -6,7 +6,7 @@
 __all__ = ['VOC_OFFICIAL', 'LAPTOP', 'LAPTOP_BASELINE', 'MoReConfig', 'preset_name', 'weights', 'LargeFOV',
            'patch_token_contrast', 'refined_labels', 'balanced_cross_entropy', 'energy_loss']
 
-# %% ../nbs/02b_more_base.ipynb #b766177d
+# %% ../nbs/02b_more_base.ipynb #004794e4
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import denormalise
+from .core import denormalise, full_precision
 from .crf import dense_energy, par_refine
 from .training import RunConfig
 
@@ -144,7 +144,8 @@ class LargeFOV(nn.Module):
         "Class logits on the patch grid, background first."
         return self.conv8(F.relu(self.conv7(F.relu(self.conv6(features)))))
 
-# %% ../nbs/02b_more_base.ipynb #97381419
+# %% ../nbs/02b_more_base.ipynb #30c3bc47
+@full_precision
 def patch_token_contrast(
     features: Tensor, # Final patches, (B,D,h,w)
     label_map: Tensor, # uint8 (B,h,w): 0, classes, 255
@@ -190,7 +191,8 @@ def refined_labels(
     low, high = (ids.gather(1, m.argmax(1).flatten(1)).view(B, *size) for m in refined.chunk(2, 1))
     return torch.where(high != 0, high, torch.where(low != 0, 255, 0)).to(torch.uint8)
 
-# %% ../nbs/02b_more_base.ipynb #185d1403
+# %% ../nbs/02b_more_base.ipynb #56885f76
+@full_precision
 def balanced_cross_entropy(
     logits: Tensor, # Decoder logits, (B,C+1,h,w)
     label_map: Tensor, # uint8 (B,H,W): 0 background, classes, 255 ignored

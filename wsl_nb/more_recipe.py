@@ -8,8 +8,8 @@ __all__ = ['COCO_OFFICIAL', 'DEMO', 'SHOWN', 'recipe_rows', 'train_transform', '
            'demo_data', 'train_and_score', 'load_run', 'table_rows', 'last_step', 'run_all', 'demo', 'demo_pictures',
            'report']
 
-# %% ../nbs/02a_more_recipe.ipynb #8f50bf37
-import json, math, time
+# %% ../nbs/02a_more_recipe.ipynb #9451b7a2
+import math, time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -20,10 +20,10 @@ import torch.nn.functional as F
 
 from torch import Tensor
 
-from .core import BadInput, atomic, normalise, require, seed_everything, state_hash, text_hash
+from .core import BadInput, normalise, require, seed_everything, state_hash, text_hash
 from .data_transforms import RandomView, Square
 from .maps import class_maps, hard_labels, multi_scale
-from .metrics import combine, confusion_matrix, far_mass, hot_isolated, record, segmentation_scores, tags_f1
+from .metrics import combine, confusion_matrix, far_mass, hot_isolated, record, segmentation_scores, tags_f1, write_results
 from .more import MoRe, attention_maps, copy_tokens, groups, losses, total
 from .more_base import LAPTOP, LAPTOP_BASELINE, VOC_OFFICIAL, MoReConfig, preset_name, weights
 from .training import Run, each_once, lr_factor, sum_processes
@@ -289,7 +289,7 @@ def load_run(
     disk.load_weights(model, disk.read_parts(folder)['model.safetensors'], str(folder))
     return model.eval(), cfg
 
-# %% ../nbs/02a_more_recipe.ipynb #8e68530b
+# %% ../nbs/02a_more_recipe.ipynb #7e149c29
 def table_rows(
     results: dict[str, list], # Name of each recipe -> records
     metrics: tuple[str, ...] = SHOWN, # Which rows, in this order
@@ -299,7 +299,7 @@ def table_rows(
         r = next((r for r in records if r.metric == name), None)
         if r is None: return '-'
         digits = 1 if r.unit == '%' else 3
-        return f'{r.value:.{digits}f}' + (f' ± {r.spread:.{digits}f}' if isinstance(r.spread, float) else '')
+        return f'{r.value:.{digits}f}' + (f' ± {r.spread:.{digits}f}' if isinstance(r.spread, float) and math.isfinite(r.spread) else '')
     return [{'metric': m} | {k: _cell(v, m) for k, v in results.items()} for m in metrics]
 
 # %% ../nbs/02a_more_recipe.ipynb #bbb6d325
@@ -329,7 +329,7 @@ def run_all(
                 told = done; say(f'{done:5} of {steps} updates, {time.perf_counter() - began:.0f} s')
         return {name: f.result() for name, f in waiting.items()}
 
-# %% ../nbs/02a_more_recipe.ipynb #71e3cb7f
+# %% ../nbs/02a_more_recipe.ipynb #eec751b1
 def demo(
     out: str | Path, # Folder for runs, pictures, result.json and report.html
     seeds: tuple[int, ...] = (0,), # One pair of runs for each
@@ -344,7 +344,7 @@ def demo(
     jobs = {(k, s): (replace(c, seed=s), out/k.lower()/f'seed{s}') for k, c in recipes.items() for s in seeds}
     scores = run_all({f'{k} {s}': job for (k, s), job in jobs.items()})
     results = {k: [combine(rows) for rows in zip(*(scores[f'{k} {s}'] for s in seeds))] for k in recipes}
-    with atomic(out/'result.json') as spare: spare.write_text(json.dumps([asdict(r) for v in results.values() for r in v], indent=1) + '\n')
+    write_results(out/'result.json', [r for v in results.values() for r in v])
     print(markdown_table(table_rows(results)))
     report(out, results, {k: jobs[k, seeds[0]][1] for k in recipes}, time.perf_counter() - began)
     print(f'page: {out/"report.html"}')

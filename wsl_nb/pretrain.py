@@ -32,32 +32,33 @@ def curve(
     short = lambda values: {k: round(v, 4) for k, v in values.items() if isinstance(v, float)}
     return [dict(step=l['step'], **{k: short(l[k]) for k in ('terms', 'scores') if k in l}) for l in read_log(run) if 'scores' in l or l['step'] % every == 0]
 
-# %% ../nbs/19a_pretrain.ipynb #d67ab923
+# %% ../nbs/19a_pretrain.ipynb #240bd3cb
 def make(
     name: str, # Name in `ASSETS`, or 'all'
     folder: str | Path | None = None, # Where to write; None: inside the package
     **changes, # Fields of the recipe, for a trial
 ) -> None: # Weights and record are written
     "Trains a shipped model and writes it. Raises: `BadInput` for an unknown name."
+    from wsl_nb.metrics import to_row
     from wsl_nb.more_recipe import load_run, train_and_score
     require(name == 'all' or name in ASSETS, f'asset "{name}"', f'all, or one of {list(ASSETS)}', 'check the name')
     for each in ASSETS if name == 'all' else [name]:
         cfg, began = replace(ASSETS[each], **changes), time.process_time()
         with tempfile.TemporaryDirectory() as run:
             scores = train_and_score(cfg, run)
-            model, record = load_run(run, 8)[0], dict(recipe=asdict(cfg), scores=[asdict(s) for s in scores], curve=curve(run))
+            model, record = load_run(run, 8)[0], dict(recipe=asdict(cfg), scores=[to_row(s) for s in scores], curve=curve(run))
         save_asset(each, model.state_dict(), record | dict(cpu_seconds=round(time.process_time() - began), torch=torch.__version__), folder)
 
-# %% ../nbs/19a_pretrain.ipynb #bd778a66
+# %% ../nbs/19a_pretrain.ipynb #55a18be7
 def shipped(
     name: str, # Name in `ASSETS`
     folder: str | Path | None = None, # Where to look; None: inside the package
 ) -> tuple: # Model in evaluation mode, its recipe, `metrics.Result` records of the test split, curve
     "A shipped MoRe model with the record of its making. Raises: `BadInput` if unknown or changed."
-    from wsl_nb.metrics import Result
+    from wsl_nb.metrics import from_row
     from wsl_nb.more import MoRe
     tuples = lambda d: {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}
     state, record = asset(name, folder)
     cfg = MoReConfig(**tuples(record['recipe']))
     model = MoRe(cfg, 8); model.load_state_dict(state)
-    return model.eval(), cfg, [Result(**tuples(s)) for s in record['scores']], record['curve']
+    return model.eval(), cfg, [from_row(s) for s in record['scores']], record['curve']

@@ -7,7 +7,7 @@ __all__ = ['PARTS', 'culprit', 'live', 'Interrupt', 'claim', 'Moment', 'Setup', 
            'save', 'restore', 'Progress', 'gradient_norm', 'finish', 'step', 'skip', 'write_log', 'first_bad', 'accuse',
            'storable', 'write_reproducer', 'replay', 'Run', 'between', 'progress_bar', 'close']
 
-# %% ../nbs/14_training.ipynb #fe577d15
+# %% ../nbs/14_training.ipynb #10b96091
 import contextlib, dataclasses, json, math, os, signal, sys, threading, time
 from dataclasses import dataclass
 from itertools import islice
@@ -17,7 +17,7 @@ import torch
 from torch import nn, Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from . import core
+from . import core, metrics
 from . import training_checkpoint as disk
 from .training_checkpoint import checkpoint, load_weights, read_config
 from .training_config import RunConfig, autocast, check_config, lr_factor, lr_report, make_optimizer, stage_done, stage_hash
@@ -228,7 +228,7 @@ def restore(
     for name, value in progress.items(): setattr(run, name, value)
     run.say(f'resume: at step {run.step}')
 
-# %% ../nbs/14_training.ipynb #9e0b07b9
+# %% ../nbs/14_training.ipynb #52bea99a
 class Progress(Setup):
     "One update: gradients, checks, step, log."
     def forward(self): # Context manager
@@ -262,11 +262,11 @@ class Progress(Setup):
         results: list, # `metrics.Result` records or dicts with `metric` and `value`
     ) -> None: # Logged; the first value decides which checkpoint is best
         "Keeps the scores of this step."
-        self.records = [r if isinstance(r, dict) else dataclasses.asdict(r) for r in results]
+        self.records = [r if isinstance(r, dict) else metrics.to_row(r) for r in results]
         names = [r['metric'] for r in self.records]
         scores = {f'{n} {i}' if names.count(n) > 1 else n: r['value'] for i, (n, r) in enumerate(zip(names, self.records))}
         if self.log: self.log.write(step=self.step - 1, scores=scores)
-        value = next(iter(scores.values()))
+        value = float(next(iter(scores.values())))
         if self.best is None or value > self.best['value']: self.best = dict(value=value, step=self.step)
 
 # %% ../nbs/14_training.ipynb #e13f8a91

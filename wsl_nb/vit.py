@@ -90,7 +90,7 @@ class Encoded(NamedTuple):
     aux: Tensor | None # Patch tokens after an earlier block, not normed, (B,N,D)
     grid: tuple[int, int] # (h,w), N = h*w
 
-# %% ../nbs/13_vit.ipynb #23a113f2
+# %% ../nbs/13_vit.ipynb #2b37ab96
 class TokenViT(nn.Module):
     "Pre-norm ViT on timm blocks with any number of front tokens, for any image size. Source: official code (names and order as in timm)."
     def __init__(self,
@@ -123,10 +123,10 @@ class TokenViT(nn.Module):
     ) -> tuple[Tensor, tuple[int, int]]: # (B,T+N,D) and the grid (h,w)
         "Front tokens and patches with their positions, as the first block gets them."
         h, w = image.shape[-2] // self.patch, image.shape[-1] // self.patch
-        x = self.patch_embed(image[..., :h * self.patch, :w * self.patch]).flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], 1)
+        x = self.patch_embed(image[..., :h * self.patch, :w * self.patch]).flatten(2).transpose(1, 2).to(self.cls_token.dtype) # the stream stays float32 under autocast
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
         place = torch.cat([self.pos_embed[:, :self.front], resize_positions(self.pos_embed[:, self.front:], (h, w), self.position)], 1)
-        return x + place.to(x.dtype), (h, w)
+        return x + place, (h, w)
 
     def mask(self,
         grid: tuple[int, int], # (h,w)
