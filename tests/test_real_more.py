@@ -19,7 +19,7 @@ from wsl_nb.training_checkpoint import checkpoints, read_log
 pytestmark = pytest.mark.data
 PHOTOS = dict(portrait='000000183709', landscape='000000397133', grey='000000205401') # 480 x 640, 640 x 427, 640 x 408 turned grey
 SETS = dict(voc_from_coco=('VOC_OFFICIAL', 'voc', []), coco=('COCO_OFFICIAL', 'coco', ['--ptc_from', '0', '--lir_from', '0']))
-START = 'import json, resource, sys; from wsl_nb.cli import main; code = main(sys.argv[2:]); json.dump(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, open(sys.argv[1], "w")); sys.exit(code)'
+START = 'import json, resource, sys; from wsl_nb.cli import main; code = main(sys.argv[2:]); r = resource.getrusage(resource.RUSAGE_SELF); json.dump([r.ru_utime + r.ru_stime, r.ru_maxrss], open(sys.argv[1], "w")); sys.exit(code)'
 
 
 @pytest.fixture
@@ -108,7 +108,8 @@ def finished(folder, table, what, *words):
     clock = time.perf_counter(); job, note = started(folder, *words)
     text = job.communicate(timeout=3000)[0]
     assert job.returncode == 0, text
-    table.append((what, time.perf_counter() - clock, json.loads(note.read_text()) / (1e9 if sys.platform == 'darwin' else 1e6)))
+    cpu, memory = json.loads(note.read_text())
+    table.append((what, time.perf_counter() - clock, f'{cpu:7.1f} CPU-s   {memory / (1e9 if sys.platform == "darwin" else 1e6):5.2f} GB'))
     return text
 
 
@@ -129,7 +130,7 @@ def test_full_width(data_root, photos, tmp_path, name):
     if not root.is_dir(): pytest.skip(f'no {name} in WSL_NB_DATA')
     train = ['train', 'more', '--preset', preset, '--layout', layout, '--data', root, '--out', out, '--train_split', 'train', '--batch', '1', '--steps', '4', '--seg_from', '1',
              '--checkpoint_every', '2', '--keep_last', '1', '--log_every', '1', '--eval_scales', '1', '.5', *more_words]
-    table = [('train, killed at step 2', killed_after(tmp_path, out, 2, *train), None)]
+    table = [('train, killed at step 2', killed_after(tmp_path, out, 2, *train), '')]
     text = finished(tmp_path, table, 'train, resumed, scored on val', *train, '--resume')
     assert 'resume: at step 2' in text and json.loads((out/'result.json').read_text())['steps'] == 4
     lines = [l for l in read_log(out) if 'terms' in l]
@@ -144,7 +145,6 @@ def test_full_width(data_root, photos, tmp_path, name):
         H, W = read_image(file).shape[:2]
         assert read_mask(tmp_path/'own'/f'{i:03d}_{kind}_labels.png').shape == (H, W)
     assert (tmp_path/'own'/'report.html').exists()
-    step = json.loads((out/'result.json').read_text())['seconds'] / 4
     shutil.rmtree(out)
-    print(f'\n{name}, ViT-B/16, 448 px, batch 1, {min(2, os.cpu_count())} threads: {step:.1f} s a step')
-    for what, seconds, memory in table: print(f'  {what:32} {seconds:7.1f} s   ' + (f'{memory:5.2f} GB' if memory else '(killed)'))
+    print(f'\n{name}, ViT-B/16, 448 px, batch 1, {min(2, os.cpu_count())} threads; images a second: ' + ' '.join(str(l['images_per_second']) for l in lines))
+    for what, seconds, cost in table: print(f'  {what:32} {seconds:7.1f} s   {cost}')

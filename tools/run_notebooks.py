@@ -10,6 +10,7 @@ holds, for every notebook, the hash of all that its outputs depend on: its code 
 imports, directly or through others, each without comments and docstrings.
 """
 import argparse, ast, contextlib, hashlib, io, json, multiprocessing, os, sys, tempfile, time, tokenize
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,6 +132,7 @@ def tidy(outputs):
 
 def run(book):
     "Runs one notebook in this process and writes its outputs. Returns (name, seconds, error or '')."
+    if 'fork' in multiprocessing.get_all_start_methods(): multiprocessing.set_start_method('fork', force=True)  # loader workers see what cells defined
     start, value, before = time.perf_counter(), state(book), book.read_bytes()
     os.chdir(NBS); sys.path.insert(0, str(ROOT)); os.environ['MPLBACKEND'] = 'module://matplotlib_inline.backend_inline'
     from execnb.nbio import read_nb, write_nb
@@ -172,7 +174,7 @@ def main():
         print(f'{len(books) - len(stale)} of {len(books)} notebooks are up to date'); sys.exit(bool(stale))
     failed = False
     for book in books if args.all or args.names else stale:
-        with multiprocessing.get_context('spawn').Pool(1, maxtasksperchild=1) as pool: name, seconds, error = pool.apply(run, (book,))
+        with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool: name, seconds, error = pool.submit(run, book).result()
         print(f'{name}: {seconds:.0f} s' + (f'\n{error}' if error else ''), flush=True); failed |= bool(error)
     sys.exit(failed)
 

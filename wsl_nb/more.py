@@ -7,7 +7,7 @@ __all__ = ['GraphCategoryRepresentation', 'Outputs', 'MoRe', 'copy_tokens', 'att
            'training_cams', 'upsampled_lam', 'patch_labels', 'confident_relation', 'uncertain_candidates',
            'pick_uncertain', 'uncertain_relation', 'losses', 'total', 'groups']
 
-# %% ../nbs/02_more.ipynb #6902f334
+# %% ../nbs/02_more.ipynb #2be2498f
 import math
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import minmax, require, torch_rng
+from .core import full_precision, minmax, require, torch_rng
 from .maps import class_maps, multi_scale, three_way_labels
 from .more_base import LargeFOV, MoReConfig, balanced_cross_entropy, energy_loss, patch_token_contrast, refined_labels, weights
 from .training import plain
@@ -137,7 +137,8 @@ def attention_maps(
     "Localisation attention maps: how strongly each patch matches each class token (plain inner product)."
     return torch.einsum('bdhw,bcd->bchw', features, tokens.to(features.dtype))
 
-# %% ../nbs/02_more.ipynb #77f79ca0
+# %% ../nbs/02_more.ipynb #9dbb0333
+@full_precision
 def class_token_contrast(
     tokens: Tensor, # Class tokens Q, (B,C,D)
     tau: float = .07, # Temperature
@@ -203,7 +204,8 @@ def patch_labels(
     else: cre, ure = three_way_labels(small_aux, label, *cfg.cre_early), three_way_labels(small_aux, label, *cfg.ure_early)
     return dict(cre=cre, ure=ure, affinity=three_way_labels(small_aux, label, *cfg.affinity))
 
-# %% ../nbs/02_more.ipynb #aa463838
+# %% ../nbs/02_more.ipynb #8afe43df
+@full_precision
 def confident_relation(
     tokens: Tensor, # Class tokens Q, (B,C,D)
     patches: Tensor, # Patches, (B,N,D); no gradient flows into them
@@ -255,7 +257,8 @@ def pick_uncertain(
         rows.append(torch.cat([torch.full((len(found), 1), b), found + shift], 1))
     return torch.cat(rows).to(label_map.device)
 
-# %% ../nbs/02_more.ipynb #21c3b740
+# %% ../nbs/02_more.ipynb #f3ef82bf
+@full_precision
 def uncertain_relation(
     tokens: Tensor, # Class tokens Q, (B,C,D); no gradient flows into them
     features: Tensor, # Final patches, (B,D,h,w)
