@@ -98,7 +98,7 @@ slow: $(VENV)/.dev ## the long tests: claims over three seeds, ten kills, slow c
 real: $(VENV)/.dev ## full width on the real files under WSL_NB_DATA; prints seconds and memory
 	@test -d "$$WSL_NB_DATA" || { echo "real: set WSL_NB_DATA to the folder that holds the real data" >&2; exit 2; }
 	@echo "real: full width on the files under WSL_NB_DATA"
-	@$(BIN)/python -m pytest -s -m data tests/test_real*.py $(TESTS)
+	@$(BIN)/python -m pytest -s -m data tests/test_*real*.py $(TESTS)
 
 clean: ## remove what docs, tests and builds left; keeps .venv and out
 	@echo "clean: removing built pages and caches"

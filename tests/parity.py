@@ -80,7 +80,8 @@ def compare(method, folder, say=print):
     "(compared, failed, not covered) of one directory; prints a line for each tensor."
     inputs, outside, extra, origin = scope(method)
     stored, config = stored_tensors(folder)
-    ours = importlib.import_module(f'parity_{method}').compute(stored, config)
+    try: ours = importlib.import_module(f'parity_{method}').compute(stored, config)
+    except KeyError as e: sys.exit(f'got {folder} without "{e.args[0]}"\nexpected every file and tensor of the format\ncure: restore the directory')
     compared = failed = missing = 0
     for stem, name in sorted((stem, name) for stem in stored for name in stored[stem]):
         if stem == 'weights' or reason(name, inputs): continue
@@ -104,7 +105,7 @@ def folders(path):
 def main(method, path=None):
     "Exit code: 0 when nothing failed and at least 95 % of the denominator was compared."
     found = folders(path or HERE / 'golden' / method)
-    if not found: sys.exit(f'got {path}\nexpected a directory with config.json and *.safetensors, or its parent\ncure: check the path')
+    if not found: sys.exit(f'got {path or HERE / "golden" / method}\nexpected a directory with config.json and *.safetensors, or its parent\ncure: check the path')
     counts = torch.tensor([compare(method, folder) for folder in found]).sum(0).tolist()
     print(f'{method}: {counts[0]} compared, {counts[1]} failed, {counts[2]} not covered')
     return int(counts[1] > 0 or counts[0] < .95 * (counts[0] + counts[2]))

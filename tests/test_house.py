@@ -189,7 +189,7 @@ def test_lessons_keep_their_budget():
         cells = json.loads(book.read_text(encoding='utf-8'))['cells']
         code = sum(len(lines(''.join(c['source']))) for c in cells if c['cell_type'] == 'code')
         words = sum(len(''.join(c['source']).split()) for c in cells if c['cell_type'] == 'markdown')
-        assert code <= 500 and words <= 2750, f'{book.name}: {code} code lines, {words} words'
+        assert code <= 450 and words <= 2600, f'{book.name}: {code} code lines, {words} words'
 
 
 # --- repository ------------------------------------------------------------------------------------------------------

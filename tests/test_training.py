@@ -241,7 +241,8 @@ def test_more_in_two_processes_equals_accumulation(tmp_path):
     assert one.keys() == two.keys() and max((one[k] - two[k]).abs().max().item() for k in one) < 1e-6
     a, b = ([l['terms'] for l in log(tmp_path/x) if 'terms' in l] for x in ('one', 'two'))
     assert len(a) == 10 and all(x == pytest.approx(y, rel=1e-4, abs=1e-6) for x, y in zip(a, b))
-    assert [l['scores'] for l in log(tmp_path/'two') if 'scores' in l] == [pytest.approx(l['scores'], rel=1e-6) for l in log(tmp_path/'one') if 'scores' in l]
+    (a,), (b,) = ([l['scores'] for l in log(tmp_path/x) if 'scores' in l] for x in ('one', 'two'))
+    assert a.keys() == b.keys() and all(float(a[k]) == pytest.approx(float(b[k]), rel=1e-4) for k in a) # a batch of two images rounds otherwise than two of one
     assert sum('DDP runs with find_unused_parameters=True' in t for t in texts) == 1 and not any('Warning' in t for t in texts), texts
 
 

@@ -54,6 +54,11 @@ def total(terms, model, step, cfg): return sum(weights(cfg, step)[k] * v for k, 
 def train_transform(sample, generator): return sample | {'image': normalise(sample['image'])}
 
 
+def from_official(path):
+    from safetensors.torch import load_file
+    return load_file(path)
+
+
 def demo(out, seeds=(0,)): (out / 'result.json').write_text('[]')
 
 

@@ -276,6 +276,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'wsl_nb.more_recipe.demo': ('more_recipe.html#demo', 'wsl_nb/more_recipe.py'),
                                     'wsl_nb.more_recipe.demo_data': ('more_recipe.html#demo_data', 'wsl_nb/more_recipe.py'),
                                     'wsl_nb.more_recipe.demo_pictures': ('more_recipe.html#demo_pictures', 'wsl_nb/more_recipe.py'),
+                                    'wsl_nb.more_recipe.empty_tally': ('more_recipe.html#empty_tally', 'wsl_nb/more_recipe.py'),
                                     'wsl_nb.more_recipe.eval_transform': ('more_recipe.html#eval_transform', 'wsl_nb/more_recipe.py'),
                                     'wsl_nb.more_recipe.evaluate': ('more_recipe.html#evaluate', 'wsl_nb/more_recipe.py'),
                                     'wsl_nb.more_recipe.fitted_size': ('more_recipe.html#fitted_size', 'wsl_nb/more_recipe.py'),

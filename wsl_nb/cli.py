@@ -210,7 +210,7 @@ def note_classes(
     if not (Path(out)/'config.yaml').exists() or (Path(out)/'classes.json').exists(): return
     with atomic(Path(out)/'classes.json') as spare: spare.write_text(json.dumps(list(classes)) + '\n', encoding='utf-8')
 
-# %% ../nbs/17_cli.ipynb #979a0576
+# %% ../nbs/17_cli.ipynb #129e1552
 def run_train(
     args: argparse.Namespace, # Parsed line
     flags: list, # Words that argparse did not know
@@ -218,11 +218,13 @@ def run_train(
     "`wsl-nb train METHOD`: the whole recipe into a run folder."
     if args.help: flags = [*flags, '--help']; print(options_help('train'))
     module, cfg = chosen_recipe(args, flags)
-    from wsl_nb.core import require
+    from wsl_nb.core import BadInput, require
     require(args.out, 'no --out', '--out DIR', 'say where the run shall be written')
     data = open_data(cfg, args.data)
     try: module.train(cfg, data, args.out, args.resume)
-    finally: note_classes(args.out, data.classes)
+    except BadInput: raise
+    except BaseException: note_classes(args.out, data.classes); raise
+    note_classes(args.out, data.classes)
     return 0
 
 # %% ../nbs/17_cli.ipynb #552c5159
@@ -355,7 +357,7 @@ def predictor(
     if args.run: return module, cfg, load_model(module, cfg, len(names), checkpoint), names
     return module, cfg, from_weights(module, cfg, len(names), args.weights), names
 
-# %% ../nbs/17_cli.ipynb #9f51ad6c
+# %% ../nbs/17_cli.ipynb #3d17b872
 def from_weights(
     module, # Namespace from `method`
     cfg, # Recipe
@@ -364,13 +366,11 @@ def from_weights(
 ): # Model, on the device, in evaluation mode
     "The model with the weights of a file."
     from accelerate import PartialState
-    from safetensors.torch import load_file
-
     from wsl_nb.core import require
     from wsl_nb.training_checkpoint import load_weights
     require(Path(file).is_file(), f'no file {file}', 'a weight file', 'check the name')
     model = getattr(module, type(cfg).__name__.removesuffix('Config'))(cfg, classes)
-    load_weights(model, load_file(file) if str(file).endswith('.safetensors') else module.from_official(file), str(file))
+    load_weights(model, module.from_official(file), str(file))
     return model.to(PartialState().device).eval()
 
 # %% ../nbs/17_cli.ipynb #905cce49

@@ -322,7 +322,7 @@ def skip(
     run.scaler.update()
     run.draws += 1; run.skipped += 1; run.skipped_row += 1
 
-# %% ../nbs/14_training.ipynb #5e381f62
+# %% ../nbs/14_training.ipynb #e36774db
 def write_log(
     run: Progress, # Before its counters move on
     norm: float, # Of the gradients before clipping
@@ -336,7 +336,7 @@ def write_log(
     speed, run.images, run.busy = run.images / max(run.busy, 1e-9), 0, 0.
     terms = {k: v for k, v in values.items() if k != 'total'}
     if run.log: run.log.write(step=run.step, epoch=run.draws // run.order.per_epoch, terms=terms, weights=dict(weights), total=values['total'],
-                              lr=rates, gradient_norm=norm, images_per_second=round(speed, 2), skipped=run.skipped)
+                              lr=rates, gradient_norm=norm, images_per_second=float(f'{speed:.4g}'), skipped=run.skipped)
     if run.bar is not None: run.bar.set_postfix({k: f'{v:.3g}' for k, v in values.items()}, refresh=False)
 
 # %% ../nbs/14_training.ipynb #f7dd3a5a

@@ -170,13 +170,14 @@ def as_plain(
     "All fields of a config as plain values; tuples become lists."
     return json.loads(json.dumps(dataclasses.asdict(cfg)))
 
-# %% ../nbs/14a_training_checkpoint.ipynb #98fa99f9
+# %% ../nbs/14a_training_checkpoint.ipynb #781b1362
 def read_config(
     path: str | Path, # A YAML file
     kind: type, # Config class
 ): # Config of that class
-    "Config from a file; fields that are not named keep their defaults. Raises: `BadInput` for an unknown field."
-    values = yaml.safe_load(Path(path).read_text()) or {}
+    "Config from a file; fields that are not named keep their defaults. Raises: `BadInput` for broken YAML or an unknown field."
+    try: values = yaml.safe_load(Path(path).read_text()) or {}
+    except yaml.YAMLError as e: raise core.BadInput(f'{path}, which is no YAML ({str(e).splitlines()[0]})', 'lines "field: value"', 'restore the file') from None
     known = {f.name for f in dataclasses.fields(kind)}
     core.require(isinstance(values, dict) and values.keys() <= known, f'{path} with {sorted(set(values) - known)[:5]}', f'fields of {kind.__name__}', 'correct or delete these lines')
     frozen = lambda v: tuple(map(frozen, v)) if isinstance(v, list) else v
