@@ -282,6 +282,19 @@ def test_losses_stay_in_float32_under_autocast(precision):
     for k in ('cls', 'aux', 'mct'): close(terms[k], exact[k], .05)
 
 
+@pytest.mark.parametrize('name', ['class_token_contrast', 'confident_relation', 'uncertain_relation', 'patch_token_contrast', 'balanced_cross_entropy'])
+def test_a_loss_gives_the_same_number_inside_autocast(name):
+    "Bit for bit: a product in half precision would differ."
+    rng = torch_rng(name)
+    q, f, y = torch.randn(2, 5, 16, generator=rng), torch.randn(2, 16, 8, 8, generator=rng), torch.tensor([[1., 0, 1, 0, 0], [0, 1., 0, 0, 0]])
+    ids = torch.randint(0, 3, (2, 8, 8), generator=rng).to(torch.uint8)
+    args = dict(class_token_contrast=(q,), confident_relation=(q, f.flatten(2).mT, ids, y), uncertain_relation=(q, f, y, torch.tensor([[0, 2, 3], [1, 4, 4]])),
+                patch_token_contrast=(f, ids), balanced_cross_entropy=(f, ids))[name]
+    loss = getattr(more, name)
+    with torch.autocast('cpu', torch.bfloat16): inside = loss(*args)
+    assert inside.dtype == torch.float32 and torch.equal(inside, loss(*args))
+
+
 def test_bf16_map_passes_change_few_labels():
     model, data = network(), batch(count=4)
     with torch.no_grad(): out = model(data['image'])

@@ -18,13 +18,13 @@ from .core import denormalise, full_precision
 from .crf import dense_energy, par_refine
 from .training import RunConfig
 
-# %% ../nbs/02b_more_base.ipynb #e94e4c42
+# %% ../nbs/02b_more_base.ipynb #21ef5d46
 @dataclass(frozen=True)
 class MoReConfig(RunConfig):
     "Recipe of MoRe; the defaults are the released VOC 2012 script, one field for each of its quirks."
     layout: str = 'voc' # Layout of the data: 'embedded', 'voc', 'coco'
     train_split: str = 'train_aug' # Split that is learnt from, image-level labels only
-    eval_split: str = 'val' # Split that choices are made on
+    eval_split: str = 'val' # Split that choices are made on; empty: no scores (data without masks)
     data_preset: str = 'wsss' # Preset of the embedded data
     data_train: int = 4000 # Embedded training images
     data_eval: int = 400 # Embedded images in each of val and test
