@@ -181,12 +181,12 @@ def _compiled_crf(image: np.ndarray, unary: np.ndarray, p: CRFParams) -> np.ndar
     crf.addPairwiseBilateral(sxy=p.bilateral_sxy, srgb=p.bilateral_srgb, rgbim=np.array(image, order='C'), compat=p.bilateral_compat)
     return np.array(crf.inference(p.iterations), np.float32).reshape(n, h, w)
 
-# %% ../nbs/12_crf.ipynb #8576b10d
+# %% ../nbs/12_crf.ipynb #f6719537
 def _torch_crf(image: np.ndarray, unary: np.ndarray, p: CRFParams) -> np.ndarray:
     "Mean field on `Lattice`, symmetrically normalised as pydensecrf does by default."
     n, h, w = unary.shape
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing='ij')
-    place, colour = torch.stack([x, y], -1).view(-1, 2).float(), torch.tensor(image, dtype=torch.float32).view(-1, 3)
+    place, colour = torch.stack([x, y], -1).reshape(-1, 2).float(), torch.tensor(image, dtype=torch.float32).reshape(-1, 3)
     kernels = [(p.gaussian_compat, Lattice(place / p.gaussian_sxy)),
                (p.bilateral_compat, Lattice(torch.cat([place / p.bilateral_sxy, colour / p.bilateral_srgb], 1)))]
     norms = [(k(place.new_ones(h * w, 1)) + 1e-20).rsqrt() for _, k in kernels]
