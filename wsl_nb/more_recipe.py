@@ -306,18 +306,19 @@ def load_run(
     disk.load_weights(model, disk.read_parts(folder)['model.safetensors'], str(folder))
     return model.eval(), cfg
 
-# %% ../nbs/02a_more_recipe.ipynb #7e149c29
+# %% ../nbs/02a_more_recipe.ipynb #3482b038
 def table_rows(
     results: dict[str, list], # Name of each recipe -> records
     metrics: tuple[str, ...] = SHOWN, # Which rows, in this order
 ) -> list[dict]: # One row a metric
-    "Records side by side, with the spread where there are several seeds."
+    "Records side by side, with the spread where there are several seeds; a metric that nobody measured has no row."
     def _cell(records, name):
         r = next((r for r in records if r.metric == name), None)
         if r is None: return '-'
         digits = 1 if r.unit == '%' else 3
         return f'{r.value:.{digits}f}' + (f' ± {r.spread:.{digits}f}' if isinstance(r.spread, float) and math.isfinite(r.spread) else '')
-    return [{'metric': m} | {k: _cell(v, m) for k, v in results.items()} for m in metrics]
+    measured = {r.metric for records in results.values() for r in records}
+    return [{'metric': m} | {k: _cell(v, m) for k, v in results.items()} for m in metrics if m in measured]
 
 # %% ../nbs/02a_more_recipe.ipynb #bbb6d325
 def last_step(
