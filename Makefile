@@ -1,5 +1,5 @@
 # Every target alone makes .venv, installs what it needs (once), runs, and says what it does.
-# Another interpreter: make PYTHON=python3.12 demo. Another environment: make VENV=/tmp/venv demo.
+# Another interpreter: make PYTHON=python3.12 demo. Another environment: make VENV=.venv-other demo.
 
 PYTHON ?= python3
 VENV ?= .venv

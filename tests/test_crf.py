@@ -1,5 +1,5 @@
 """PAR, dense CRF and dense energy against plain forms, golden vectors and each other."""
-import os, warnings
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +11,7 @@ from reference_par import par_plain
 from wsl_nb import crf
 from wsl_nb.core import BadInput, denormalise, rng, torch_rng
 
-GOLDEN = next((p for p in (Path(__file__).parent/'golden'/'more', Path(os.environ.get('WSL_NB_GOLDEN', '../shared/golden'))/'more') if p.exists()), None)
-needs_golden = pytest.mark.skipif(GOLDEN is None, reason='golden vectors not here')
+GOLDEN = Path(__file__).parent/'golden'/'more'
 needs_lattice = pytest.mark.skipif(crf.crf_backend() != 'pydensecrf', reason='pydensecrf not installed')
 
 
@@ -28,7 +27,6 @@ def photo(height, width, key='photo'):
     return ((smooth * 8).round() / 8 * 255 + 4 * torch.randn(1, 3, height, width, generator=g)).clamp(0, 255).floor() / 255
 
 
-@needs_golden
 def test_par_golden():
     d = stored('cam')
     torch.testing.assert_close(crf.par_refine(d['par.image'], d['par.mask_in']), d['par.mask_out'], atol=1e-4, rtol=0)
@@ -50,7 +48,6 @@ def test_par_options_equal_plain():
     assert crf.par_refine(image, masks.requires_grad_()).requires_grad is False
 
 
-@needs_golden
 @pytest.mark.parametrize('backend', [pytest.param('pydensecrf', marks=needs_lattice), 'torch'])
 def test_crf_golden(backend):
     cam, labels = stored('cam'), stored('labels')
@@ -125,7 +122,6 @@ def test_energy_equals_definition():
     torch.testing.assert_close(got, logits.grad, rtol=1e-4, atol=1e-3 * logits.grad.abs().max().item())
 
 
-@needs_golden
 @pytest.mark.parametrize('kernel, rtol', [('exact', 1e-4), ('lattice', 1e-3)])
 def test_energy_golden(kernel, rtol):
     f, want = stored('forward'), stored('losses')['energy.exact_gaussian' if kernel == 'exact' else 'energy.lattice']
