@@ -1,5 +1,5 @@
 """Metrics against the golden numbers, torchmetrics and scikit-learn; records against the contract."""
-import dataclasses, json, math, os
+import dataclasses, json, math
 from pathlib import Path
 
 import numpy as np
