@@ -364,6 +364,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'wsl_nb/training_checkpoint.py'),
                                             'wsl_nb.training_checkpoint.entries': ( 'training_checkpoint.html#entries',
                                                                                     'wsl_nb/training_checkpoint.py'),
+                                            'wsl_nb.training_checkpoint.load_model': ( 'training_checkpoint.html#load_model',
+                                                                                       'wsl_nb/training_checkpoint.py'),
                                             'wsl_nb.training_checkpoint.load_weights': ( 'training_checkpoint.html#load_weights',
                                                                                          'wsl_nb/training_checkpoint.py'),
                                             'wsl_nb.training_checkpoint.prune': ( 'training_checkpoint.html#prune',

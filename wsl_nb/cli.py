@@ -227,7 +227,7 @@ def run_train(
     note_classes(args.out, data.classes)
     return 0
 
-# %% ../nbs/17_cli.ipynb #552c5159
+# %% ../nbs/17_cli.ipynb #8480b3cf
 def load_model(
     module, # Namespace from `method`
     cfg, # Recipe of the run
@@ -235,12 +235,8 @@ def load_model(
     folder: str | Path, # Checkpoint folder
 ): # Model with its weights, on the device, in evaluation mode
     "The model of a checkpoint; averaged weights are taken where there are any."
-    from accelerate import PartialState
-
     from wsl_nb import training_checkpoint as disk
-    model, parts = getattr(module, type(cfg).__name__.removesuffix('Config'))(cfg, classes), disk.read_parts(folder)
-    disk.load_weights(model, parts.get('ema.safetensors', parts.get('model.safetensors')), str(folder))
-    return model.to(PartialState().device).eval()
+    return disk.load_model(getattr(module, type(cfg).__name__.removesuffix('Config'))(cfg, classes), folder)
 
 # %% ../nbs/17_cli.ipynb #5da611e2
 def trained(

@@ -293,7 +293,7 @@ def train_and_score(
         return [replace(r, run=f'{Path(out).parent.name}/{Path(out).name}') for r in evaluate(load_run(out, len(data.classes))[0], data.split('test'), cfg)]
     finally: torch.set_num_threads(threads)
 
-# %% ../nbs/02a_more_recipe.ipynb #419decaa
+# %% ../nbs/02a_more_recipe.ipynb #c72ae538
 def load_run(
     run: str | Path, # Folder of a finished or interrupted run
     classes: int, # Foreground classes C
@@ -302,9 +302,7 @@ def load_run(
     "Model and recipe of a run. Raises: `BadInput` if a part is missing or damaged."
     from wsl_nb import training_checkpoint as disk
     cfg = disk.read_config(Path(run)/'config.yaml', MoReConfig)
-    model, folder = MoRe(cfg, classes), disk.checkpoint(run, which)
-    disk.load_weights(model, disk.read_parts(folder)['model.safetensors'], str(folder))
-    return model.eval(), cfg
+    return disk.load_model(MoRe(cfg, classes), disk.checkpoint(run, which)), cfg
 
 # %% ../nbs/02a_more_recipe.ipynb #3482b038
 def table_rows(
@@ -368,7 +366,7 @@ def demo(
     print(f'page: {out/"report.html"}')
     return results
 
-# %% ../nbs/02a_more_recipe.ipynb #83749951
+# %% ../nbs/02a_more_recipe.ipynb #83ea8df8
 def demo_pictures(
     runs: dict[str, Path], # 'baseline' and 'MoRe' -> run folder
     images: int = 6, # First images of the test split
@@ -380,7 +378,8 @@ def demo_pictures(
     samples, named = [split[i] for i in range(images)], {}
     batch = normalise(torch.stack([s['image'] for s in samples]))
     for name, run in runs.items():
-        maps = infer(*(lambda m, c: (m, batch, c))(*load_run(run, len(data.classes))))
+        model, cfg = load_run(run, len(data.classes))
+        maps = infer(model, batch.to(next(model.parameters()).device), cfg)
         named |= {f'CAM {name}': maps.cam, f'LAM {name}': maps.lam}
     first = [int(s['label'].nonzero()[0]) for s in samples]
     title = lambda key, c: f'{key}: {data.classes[c]}'

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['rng_state', 'set_rng_state', 'write_part', 'read_part', 'write_parts', 'remove', 'read_parts', 'entries',
-           'weights_of', 'load_weights', 'checkpoints', 'checkpoint', 'prune', 'as_plain', 'read_config', 'changed',
-           'read_log', 'Log']
+           'weights_of', 'load_weights', 'checkpoints', 'checkpoint', 'load_model', 'prune', 'as_plain', 'read_config',
+           'changed', 'read_log', 'Log']
 
 # %% ../nbs/14a_training_checkpoint.ipynb #cd76ee48
 import dataclasses, json, os, random, shutil
@@ -151,6 +151,17 @@ def checkpoint(
     found = [p for p in have if int(p.name.split('_')[1]) == int(which)]
     core.require(found, f'checkpoint {which} of {out}', f'one of {[p.name for p in have]}', "name one of these, or 'last'")
     return found[0]
+
+# %% ../nbs/14a_training_checkpoint.ipynb #eb6dc104
+def load_model(
+    model: nn.Module, # Built from the run's config
+    folder: str | Path, # Checkpoint folder
+) -> nn.Module: # The same model, on the device, in evaluation mode
+    "The model of a checkpoint; averaged weights are taken where there are any. Raises: `BadInput` for a part that is missing or damaged."
+    from accelerate import PartialState
+    parts = read_parts(folder)
+    load_weights(model, parts.get('ema.safetensors', parts.get('model.safetensors')), str(folder))
+    return model.to(PartialState().device).eval()
 
 # %% ../nbs/14a_training_checkpoint.ipynb #e41f5e8b
 def prune(
