@@ -9,8 +9,9 @@ from PIL import Image
 
 from wsl_nb.core import BadInput, write_mask
 from wsl_nb.data import embedded
-from wsl_nb.formats import export, instance_masks, open_set, read_list, read_xml
+from wsl_nb.formats import open_set, read_list, read_xml
 from wsl_nb.formats_check import check
+from wsl_nb.formats_write import export, instance_masks
 
 ALL = ('image', 'label', 'mask', 'boxes')
 QUIET = pytest.mark.filterwarnings('ignore:__array__ implementation:DeprecationWarning')  # of pycocotools with NumPy 2

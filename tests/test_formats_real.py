@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from test_formats import ALL, QUIET, assert_named, coco_faults, voc_faults
-from wsl_nb.formats import VOC_CLASSES, export, open_set, read_list
+from wsl_nb.formats import VOC_CLASSES, open_set, read_list
 from wsl_nb.formats_check import check
+from wsl_nb.formats_write import export
 
 pytestmark = [pytest.mark.data, QUIET]
 

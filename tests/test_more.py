@@ -11,7 +11,7 @@ from training_child import MORE_TINY
 from wsl_nb import cli, more, more_base, more_recipe
 from wsl_nb.core import BadInput, normalise, seed_everything, torch_rng
 from wsl_nb.data import embedded
-from wsl_nb.formats import export
+from wsl_nb.formats_write import export
 from wsl_nb.maps import class_maps, three_way_labels
 from wsl_nb.vit import TokenViT
 
