@@ -1,5 +1,5 @@
-"VOC and COCO on the exported farm: there and back, every planted fault named, masks never needed by a weak split."
-import json, shutil
+"Layouts on the exported farm: there and back, every planted fault named, masks never needed by a weak split; own photographs."
+import dataclasses, json, shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,7 @@ from PIL import Image
 
 from wsl_nb.core import BadInput, write_mask
 from wsl_nb.data import embedded
-from wsl_nb.formats import open_set, read_list, read_xml
+from wsl_nb.formats import ENDINGS, held_out, open_set, read_list, read_xml
 from wsl_nb.formats_check import check
 from wsl_nb.formats_write import export, instance_masks
 
@@ -208,7 +208,7 @@ def test_voc_goes_to_coco_and_back(farm, tmp_path):
 
 def test_a_wrong_folder_is_told_where_we_looked(tmp_path):
     "The error lists the places, and the check turns it into a finding."
-    for layout, marker in (('voc', 'VOCdevkit'), ('coco', 'instances_')):
+    for layout, marker in (('voc', 'VOCdevkit'), ('coco', 'instances_'), ('folder', 'class folders')):
         with pytest.raises(BadInput, match=marker): open_set(tmp_path, layout)
         assert [f.kind for f in check(tmp_path, layout)] == ['missing']
     with pytest.raises(BadInput, match='voc, coco'): open_set(tmp_path, 'papyrus')
@@ -231,3 +231,195 @@ def test_the_hash_follows_the_files(copies):
     lists = copies[0]/'ImageSets'/'Segmentation'/'train.txt'; lists.write_text('\n'.join(read_list(lists)[1:]))
     edit(copies[1]/'annotations'/'instances_train2017.json', lambda raw: raw['annotations'].pop())
     assert all(a != b.hash for a, b in zip(before, [open_set(r, l) for r, l in zip(copies, ('voc', 'coco'))]))
+
+
+# --- own photographs ---------------------------------------------------------------------------------------------------
+
+def picture(path, value=90, size=(7, 5), **save):
+    "A small grey-blue picture."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new('RGB', size, (value, value, 200)).save(path, **save)
+    return path
+
+
+def classes_of(data, split):
+    "Class names of each image, by id."
+    return {s['id']: [data.classes[c] for c in s['label'].nonzero().flatten()] for s in data.split(split, ('label',))}
+
+
+@pytest.fixture
+def own(tmp_path):
+    "Two classes of four pictures in class folders."
+    for kind in ('dog', 'cat'):
+        for i in range(4): picture(tmp_path/'pets'/kind/f'{i}.jpg')
+    return tmp_path/'pets'
+
+
+def written(root, text):
+    "The folder with a CSV of this text."
+    (root/'labels.csv').write_text(text); return root
+
+
+def test_class_folders_are_read_in_every_ending(tmp_path, capsys):
+    "All endings, upper and lower case; hidden files and leftovers of systems are no pictures; names of classes in order."
+    root = tmp_path/'zoo'
+    for k, ending in enumerate(ENDINGS):
+        for kind in ('b', 'A'): picture(root/kind/f'{k}{ending.upper() if kind == "b" else ending}')
+    for name in ('.hidden.jpg', 'Thumbs.db', '.DS_Store'): (root/'b'/name).write_bytes(b'x')
+    (root/'__MACOSX').mkdir(); (root/'__MACOSX'/'0.jpg').write_bytes(b'x')
+    data = open_set(root, 'folder')
+    assert (data.name, data.layout, data.classes) == ('zoo', 'folder', ('A', 'b'))
+    assert sorted(data.splits['train'] + data.splits['val']) == sorted(f'{kind}/{k}' for kind in 'Ab' for k in range(len(ENDINGS)))
+    assert all(s['image'].shape == (3, 5, 7) and s['size'] == (5, 7) for split in data.splits for s in data.split(split))
+    assert check(root, 'folder') == []
+
+
+def test_a_tenth_becomes_val_and_is_announced(own, capsys):
+    "One an class of four; the same ids each time; named validation images are left as they are."
+    data = open_set(own, 'folder')
+    assert capsys.readouterr().out == 'no validation images are named: 2 of 8 training images become val\n'
+    assert sorted(i.split('/')[0] for i in data.splits['val']) == ['cat', 'dog'] and open_set(own, 'folder').splits == data.splits
+    for split in ('train', 'val'):
+        for kind in ('dog', 'cat'): (own/split).mkdir(exist_ok=True); shutil.copytree(own/kind, own/split/kind)
+    for kind in ('dog', 'cat'): shutil.rmtree(own/kind)
+    capsys.readouterr(); data = open_set(own, 'folder')
+    assert {k: len(v) for k, v in data.splits.items()} == dict(train=8, val=8) and capsys.readouterr().out == ''
+    assert classes_of(data, 'val')['val/cat/0'] == ['cat']
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_held_out_images_leave_every_class_one(seed):
+    "Random multi-label sets: a tenth or a little more, never all of a class; one at least of each class that has images of its own alone."
+    r = np.random.default_rng(seed)
+    labels = [tuple(set(r.choice(list('abcde'), r.integers(1, 4), p=[.5, .3, .1, .07, .03]).tolist())) for _ in range(200)] + [('f',), ('g',), ('g',)]
+    ids = [f'{seed}-{i}' for i in range(len(labels))]; chosen = held_out(ids, labels)
+    for name in 'abcdefg':
+        count, taken = sum(name in l for l in labels), sum(name in labels[i] for i in chosen)
+        assert taken < count or count == 0
+        if name in 'ab': assert taken >= count // 10
+        assert taken == {'f': 0, 'g': 1}.get(name, taken)
+    assert chosen == held_out(ids, labels) and len(chosen) <= len(labels) // 4
+
+
+def test_a_class_may_be_called_train(own):
+    "A folder `train` with pictures is a class; with class folders it is a split, in which a class may be called train again."
+    (own/'dog').rename(own/'train')
+    data = open_set(own, 'folder'); assert data.classes == ('cat', 'train') and len(data.splits['train']) == 6
+    (own/'all').mkdir(); [(own/k).rename(own/'all'/k) for k in ('cat', 'train')]; (own/'all').rename(own/'train')
+    data = open_set(own, 'folder'); assert data.classes == ('cat', 'train') and all(i.startswith('train/') for i in data.splits['train'])
+
+
+def test_the_order_of_classes_may_be_given(own):
+    "classes.txt decides; a class without an image may stand in it, a class that it lacks may not."
+    (own/'classes.txt').write_text('dog\n\nbird\ncat\n')
+    data = open_set(own, 'folder')
+    assert data.classes == ('dog', 'bird', 'cat') and classes_of(data, 'val')[data.splits['val'][0]] in (['dog'], ['cat']) and check(own, 'folder') == []
+    (own/'classes.txt').write_text('dog\nbird\n')
+    with pytest.raises(BadInput, match=r"classes \['cat'\] that .*classes.txt does not name"): open_set(own, 'folder')
+
+
+def test_photographs_stand_upright(own):
+    "All eight EXIF orientations: size and pixels are those of the turned picture."
+    for tag in range(1, 9):
+        exif = Image.Exif(); exif[274] = tag
+        picture(own/'cat'/'0.jpg', size=(8, 4), exif=exif)
+        data = open_set(own, 'folder')
+        split, index = next((s, ids.index('cat/0')) for s, ids in data.splits.items() if 'cat/0' in ids)
+        want = (8, 4) if tag >= 5 else (4, 8)
+        assert data.split(split, ('image',))[index]['image'].shape[1:] == want and data.split(split, ('label',))[index]['size'] == want
+
+
+def test_a_csv_is_read_as_spreadsheets_write_it(own):
+    "Byte order mark, CRLF, other names and order of columns, upper case, backslashes, three separators, pictures in `images`, empty lines."
+    picture(own/'images'/'sub'/'x.PNG')
+    text = '\ufeffNotes, Class ,SPLIT,FileName\r\n"a, b", cat; dog ,train,cat\\0.jpg\r\n,cat|dog,VAL,dog/1.jpg\r\n\r\n,"cat , dog,cat",Test,sub/x.PNG\r\n,dog,train,dog/2.jpg\r\n,,,\r\n'
+    (own/'labels.csv').write_bytes(text.encode())
+    data = open_set(own, 'folder')
+    assert data.splits == dict(train=['cat/0', 'dog/2'], val=['dog/1'], test=['images/sub/x']) and data.classes == ('cat', 'dog')
+    assert [classes_of(data, s) for s in data.splits] == [{'cat/0': ['cat', 'dog'], 'dog/2': ['dog']}, {'dog/1': ['cat', 'dog']}, {'images/sub/x': ['cat', 'dog']}]
+    (own/'labels.csv').rename(own/'table.CSV'); assert open_set(own, 'folder').splits == data.splits
+
+
+LINE = 'image,label,split\ncat/0.jpg,cat,train\n'
+BAD_TABLES = dict(
+    image=('picture,label\ncat/0.jpg,cat\n', r'image \(image\|file\|filename\)'), label=('image,kind\ncat/0.jpg,cat\n', r'label \(label\|labels\|class\|classes\)'),
+    semicolon=('image;label\ncat/0.jpg;cat\n', 'comma-separated'), empty=('', 'with the columns'), none=('image,label\n', 'no image in'),
+    cell=(LINE + 'dog/0.jpg,,train\ndog/1.jpg," ; ",val\n', 'line 3, 4: no label'), short=('image,label\ncat/0.jpg,cat\ndog/0.jpg\n', 'line 3: no label'),
+    split=(LINE + 'dog/0.jpg,dog,validation\n', 'line 3: a split that is not known'), no_split=(LINE + 'dog/0.jpg,dog,\n', 'line 3: a split that is not known'),
+    missing=(LINE + 'dog/9.jpg,dog,val\n', r'1 listed images that are missing \(dog/9.jpg\)'), twice=(LINE + 'dog/0.jpg,dog,val\ncat/0.jpg,dog,val\n', r'two images \(cat/0\)'),
+    outside=(LINE + '../dog/0.jpg,dog,val\n', 'line 3: no image path'), absolute=(LINE + '/dog/0.jpg,dog,val\n', 'line 3: no image path'), blank=(LINE + ',dog,val\n', 'line 3: no image path'),
+    one=(LINE + 'dog/0.jpg,cat,val\n', 'one class only'))
+
+
+@pytest.mark.parametrize('fault', BAD_TABLES)
+def test_bad_tables_are_named(own, fault):
+    "Every fault of a CSV has its message, with the lines, and the check reports it too."
+    text, words = BAD_TABLES[fault]; written(own, text)
+    with pytest.raises(BadInput, match=words) as e: open_set(own, 'folder')
+    assert len(e.value.cure) > 10 and e.value.expected
+    found = check(own, 'folder')
+    assert found[0].kind in ('broken', 'missing') and (fault == 'missing' or str(e.value.got) in found[0].what)
+
+
+def test_bad_folders_are_named(own, tmp_path):
+    "No image, no class folder, one class, one id twice, unreadable endings, another word for a split, several tables, no text."
+    def says(words):
+        with pytest.raises(BadInput, match=words) as e: open_set(own, 'folder')
+        assert check(own, 'folder')[0].kind in ('missing', 'broken') and len(e.value.cure) > 10
+    (own/'one.csv').write_bytes('image,label\ncat/0.jpg,ca\u00f1\n'.encode('latin1')); says('no CSV text in UTF-8')
+    (own/'two.csv').write_text(LINE); says('2 CSV files'); (own/'one.csv').unlink(); (own/'two.csv').unlink()
+    picture(own/'cat'/'0.png'); says(r'two images \(cat/0\)'); (own/'cat'/'0.png').unlink()
+    (own/'bird').mkdir(); (own/'bird'/'IMG_1.HEIC').touch(); says(r'1 files, none with an image ending \(IMG_1.HEIC'); shutil.rmtree(own/'bird')
+    picture(own/'train'/'cat'/'0.jpg'); says(r"folders \['cat', 'dog'\] beside \['train'\]"); shutil.rmtree(own/'train')
+    shutil.rmtree(own/'dog'); says('one class only'); shutil.move(own/'cat'/'1.jpg', own); shutil.rmtree(own/'cat'); says('no image in a class folder')
+    (own/'1.jpg').unlink(); says('without a set in the folder layout')
+    with pytest.raises(BadInput, match='without a set'): open_set(tmp_path/'nowhere', 'folder')
+
+
+def test_the_check_looks_at_every_photograph(own):
+    "Truncated, unlisted, in a format that is not read, hollow folder: findings, while the set still opens."
+    (own/'cat'/'0.jpg').write_bytes((own/'cat'/'0.jpg').read_bytes()[:300]); picture(own/'loose.jpg'); picture(own/'dog'/'deeper'/'a.jpg')
+    (own/'dog'/'a.heic').touch(); (own/'empty').mkdir(); (own/'LICENSE').write_text('free')
+    found = {f.what: f for f in check(own, 'folder')}
+    assert [(f.kind, what.split(' (')[0]) for what, f in found.items()] == [('broken', 'image truncated or not decodable'), ('surplus', 'file that is not read'),
+            ('surplus', 'file that is not read'), ('surplus', 'file that is not read'), ('missing', 'class folder without an image')]
+    for name in ('0.jpg', 'loose.jpg', 'a.heic', 'dog/deeper, 1: a.jpg', 'empty'): assert any(name in what for what in found), name
+    assert not any('LICENSE' in what for what in found)
+    data = open_set(own, 'folder'); split = next(s for s, ids in data.splits.items() if 'cat/0' in ids)
+    with pytest.raises(BadInput, match='cannot be decoded'): list(data.split(split))
+    with pytest.raises(BadInput, match='fields'): data.split('train', ('image', 'mask'))
+
+
+def test_the_hash_of_photographs_follows_names_labels_and_sizes(own):
+    "Renaming, moving to another class, and another file each give another set; the name of the folder does not."
+    hashes = [open_set(own, 'folder').hash]
+    (own/'cat'/'0.jpg').rename(own/'cat'/'00.jpg'); hashes.append(open_set(own, 'folder').hash)
+    (own/'cat'/'1.jpg').rename(own/'dog'/'9.jpg'); hashes.append(open_set(own, 'folder').hash)
+    picture(own/'dog'/'9.jpg', size=(40, 40)); hashes.append(open_set(own, 'folder').hash)
+    assert len(set(hashes)) == 4
+    own.rename(own.parent/'other'); assert open_set(own.parent/'other', 'folder').hash == hashes[-1]
+
+
+@pytest.mark.parametrize('preset, form', [('wsol', 'train'), ('hard', 'images')])
+def test_the_farm_returns_from_folders(tmp_path, monkeypatch, preset, form):
+    "One class an image: class folders; several: a CSV. Labels return exactly, images up to JPEG."
+    monkeypatch.setenv('WSL_NB_CACHE', str(tmp_path/'cache'))
+    data = embedded(preset, train=6, val=3, test=2, size=48); root = export(data, 'folder', tmp_path/'own')
+    assert check(root, 'folder') == [] and (root/form).is_dir() and (root/'labels.csv').exists() == (form == 'images')
+    back = open_set(root, 'folder'); assert back.classes == data.classes and list(back.splits) == ['train', 'val', 'test']
+    for split in data.splits:
+        there, here = ({Path(s['id']).name: s for s in d.split(split, ('image', 'label'))} for d in (data, back))
+        assert there.keys() == here.keys()
+        for name in there: assert torch.equal(there[name]['label'], here[name]['label']) and (there[name]['image'] - here[name]['image']).abs().mean() < .04
+
+
+def test_export_to_folders_refuses_what_a_folder_cannot_say(own, tmp_path):
+    "Names with separators; images without a class; a set without the usual splits; ids that become one file name."
+    data = open_set(own, 'folder')
+    change = lambda **k: dataclasses.replace(data, **k)
+    for bad, words in ((change(classes=('cat', 'a;b')), 'class names'), (change(splits=dict(trainval=['cat/0'])), 'train, val or test'), (change(splits=dict(train=['cat/0'], val=['cat/0'])), 'occur twice')):
+        with pytest.raises(BadInput, match=words): export(bad, 'folder', tmp_path/'out')
+    data.source.labels['train'][0] = []
+    with pytest.raises(BadInput, match='1 images without a class'): export(data, 'folder', tmp_path/'out')
+    with pytest.raises(BadInput, match='without mask, boxes'): export(data, 'voc', tmp_path/'out')
+    assert not (tmp_path/'out').exists()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CURES', 'Finding', 'Faults', 'image_size', 'check_mask', 'check_xml', 'inside', 'check_lists', 'check_voc',
-           'check_annotation', 'check_coco_split', 'check_coco', 'check']
+           'check_annotation', 'check_coco_split', 'check_coco', 'check_folder', 'check']
 
 # %% ../nbs/18a_formats_check.ipynb #f115dc01
 import json
@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from .core import BadInput, read_image
-from .formats import VOC_CLASSES, coco_splits, decode_region, find_root, folder_sizes, mask_file, read_list, read_xml
+from .formats import ENDINGS, VOC_CLASSES, coco_splits, decode_region, find_root, folder_sizes, mask_file, own_rows, read_list, read_xml, visible
 
 # %% ../nbs/18a_formats_check.ipynb #8e82f1f4
 @dataclass(frozen=True)
@@ -59,7 +59,9 @@ CURES |= dict(
     unlisted=('surplus', 'image that is not in the annotation file', 'remove these files, or restore the annotation file'),
     id_twice=('surplus', 'image id or file name listed twice', 'remove the repeated records'),
     layout=('missing', 'no set found', 'give the right folder'),
-) # Those of COCO
+    unread=('surplus', 'file that is not read', 'list it in the CSV, put it into a class folder, or convert it to JPEG or PNG; else remove it'),
+    hollow=('missing', 'class folder without an image', 'put photographs there, or remove the folder'),
+) # Those of COCO and of folders
 
 # %% ../nbs/18a_formats_check.ipynb #5cb28281
 class Faults:
@@ -235,14 +237,34 @@ def check_coco(
     for name in sorted(names.get('train', set()) & names.get('val', set())): faults.add('overlap', 'train/val', name)
     return faults.findings()
 
+# %% ../nbs/18a_formats_check.ipynb #d0dd6ee7
+def check_folder(
+    root: Path, # Folder with class folders or a CSV
+) -> list: # Findings
+    "Every image that a class folder or the CSV names, then the files that nothing names."
+    try: rows, _ = own_rows(root)
+    except BadInput as e: return [Finding('broken', f'{e.got} (expected {e.expected})', e.cure)]
+    faults, named = Faults(), {path for _, path, _ in rows}
+    inner = lambda path: path.relative_to(root).as_posix()
+    for path in sorted(named): image_size(path, faults, inner(path.parent))
+    todo = [root]
+    while todo:
+        folder = todo.pop(); files, below = visible(folder, 'file'), visible(folder, 'folder')
+        if not files and not below: faults.add('hollow', root.name, inner(folder))
+        for file in files:
+            if file not in named and (file.suffix.lower() in ENDINGS or folder != root): faults.add('unread', inner(folder), file.name)
+        todo += below[::-1]
+    return faults.findings()
+
 # %% ../nbs/18a_formats_check.ipynb #ba156ec5
 def check(
     root: str | Path, # Folder of the set, or a usual parent
-    layout: str, # 'voc', 'coco', 'coco2014', 'coco2017'
+    layout: str, # 'voc', 'coco', 'coco2014', 'coco2017', 'folder'
 ) -> list: # Of `Finding`; empty when all is well
     "All that is missing, surplus or broken in a set, each with a cure. Raises: `BadInput` for an unknown layout."
     try: found = find_root(root, layout)
     except BadInput as e:
         if 'layout "' in e.got: raise
         return [Finding(CURES['layout'][0], f"{CURES['layout'][1]} (got {e.got}; expected {e.expected})", e.cure)]
+    if layout == 'folder': return check_folder(found)
     return check_voc(found) if layout == 'voc' else check_coco(found, layout.removeprefix('coco'))
