@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from parity import Near, Same
 
-from wsl_nb import crf, maps as soft, more, more_recipe
+from wsl_nb import crf, maps as soft, more, more_weights
 from wsl_nb.more_base import MoReConfig, balanced_cross_entropy, patch_token_contrast, refined_labels
 from wsl_nb.core import denormalise, minmax
 from wsl_nb.vit import raw_scores
@@ -156,7 +156,7 @@ def compute(stored, config):
     "(file stem, name) -> recomputed tensor with its tolerance."
     cfg = recipe(config)
     model = more.MoRe(cfg, config['C'])
-    model.load_state_dict(more_recipe.from_official(stored['weights']))
+    model.load_state_dict(more_weights.from_official(stored['weights']))
     s = {k: v for stem, part in stored.items() if stem not in ('weights', 'probes') for k, v in part.items()}
     with torch.no_grad():
         out, named = forward(model, s, config)

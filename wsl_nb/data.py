@@ -7,7 +7,7 @@ __all__ = ['FIELDS', 'as_sample', 'Split', 'Set', 'collate', 'cache_folder', 'Fa
            'embedded']
 
 # %% ../nbs/01_data.ipynb #6749fd6e
-import functools, hashlib, json, os, zipfile, zlib
+import copy, functools, hashlib, json, os, zipfile, zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +49,7 @@ class Split(Dataset):
         hash: str = '', # Fingerprint of the set, for result records
     ): # All kept as attributes
         self.source, self.name, self.ids, self.classes, self.fields, self.transform = source, name, ids, classes, fields, transform
-        self.dataset, self.hash = dataset, hash
+        self.dataset, self.hash, self.subset = dataset, hash, None # `subset`: only the first so many images are there
 
     def __len__(self): return len(self.ids)
 
@@ -77,7 +77,16 @@ class Split(Dataset):
         "The same images with other fields and another transform. Raises: `BadInput` for a field that this set does not have."
         bad = [f for f in fields if f not in self.source.fields]
         require(not bad, f'fields {bad}', f'some of {list(self.source.fields)}', 'ask for less, or use a set that has them')
-        return Split(self.source, self.name, self.ids, self.classes, tuple(fields), transform, self.dataset, self.hash)
+        part = copy.copy(self); part.fields, part.transform = tuple(fields), transform
+        return part
+
+    def first(self,
+        count: int, # How many; 0: all
+    ) -> 'Split': # With the same fields
+        "The first images of the split. Raises: `BadInput` if there are not so many."
+        require(0 <= count <= len(self), f'{count} images', f'1..{len(self)}, or 0 for all', 'choose fewer')
+        part = copy.copy(self); part.ids, part.subset = self.ids[:count or None], count or None
+        return part
 
 # %% ../nbs/01_data.ipynb #8b8489d0
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .core import full_precision, minmax, require, torch_rng
 from .maps import class_maps, multi_scale, three_way_labels
-from .more_base import LargeFOV, MoReConfig, balanced_cross_entropy, energy_loss, patch_token_contrast, refined_labels, weights
+from .more_base import LargeFOV, MoReConfig, balanced_cross_entropy, energy_loss, mark_padding, patch_token_contrast, refined_labels, weights
 from .training import plain
 from .vit import TokenViT
 
@@ -290,6 +290,7 @@ def losses(
     if set(active) & {'ptc', 'cre', 'ure', 'seg', 'reg'}:
         cam, cam_aux = training_cams(plain(model), image, out, cfg, y)
         maps = patch_labels(cam, cam_aux, y, out.features.shape[-2:], step, cfg)
+        if cfg.padding == 'ignored': maps = {k: mark_padding(m, image, 0 if k == 'ure' else 255) for k, m in maps.items()}
         keys = [(cfg.seed, step, int(i), 'ure') for i in batch['index']]
         terms |= dict(
             ptc=lambda: patch_token_contrast(out.features, maps['affinity']),
@@ -298,6 +299,7 @@ def losses(
     if set(active) & {'seg', 'reg'}:
         source = cam if cfg.decoder_map == 'cam' else upsampled_lam(out, image.shape[-2:])
         pseudo = refined_labels(image, source, y, cfg.refine)
+        if cfg.padding == 'ignored': pseudo = mark_padding(pseudo, image)
         terms |= dict(seg=lambda: balanced_cross_entropy(out.seg, pseudo), reg=lambda: energy_loss(image, out.seg, pseudo, cfg))
     return {k: terms[k]() for k in active}
 
