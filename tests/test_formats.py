@@ -1,5 +1,6 @@
 "Layouts on the exported farm: there and back, every planted fault named, masks never needed by a weak split; own photographs."
 import dataclasses, json, shutil
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,9 @@ from PIL import Image
 
 from wsl_nb.core import BadInput, write_mask
 from wsl_nb.data import embedded
-from wsl_nb.formats import ENDINGS, held_out, open_set, read_list, read_xml
+from wsl_nb.formats import ENDINGS, LAYOUTS, held_out, open_set, read_list, read_xml
 from wsl_nb.formats_check import check
-from wsl_nb.formats_write import export, instance_masks
+from wsl_nb.formats_write import WRITERS, export, instance_masks
 
 ALL = ('image', 'label', 'mask', 'boxes')
 QUIET = pytest.mark.filterwarnings('ignore:__array__ implementation:DeprecationWarning')  # of pycocotools with NumPy 2
@@ -423,3 +424,175 @@ def test_export_to_folders_refuses_what_a_folder_cannot_say(own, tmp_path):
     with pytest.raises(BadInput, match='1 images without a class'): export(data, 'folder', tmp_path/'out')
     with pytest.raises(BadInput, match='without mask, boxes'): export(data, 'voc', tmp_path/'out')
     assert not (tmp_path/'out').exists()
+
+
+# --- other public layouts, read back by readers of these lines only --------------------------------------------------------
+
+def split_lines(path):
+    "Words of each line that is no remark."
+    return [line.split() for line in path.read_text().splitlines() if line[0] != '#']
+
+
+def read_cub(root):
+    "Split -> list of (image path, class id, boxes)."
+    tables = [dict((n, rest) for n, *rest in split_lines(root/f'{k}.txt')) for k in ('images', 'image_class_labels', 'train_test_split', 'bounding_boxes')]
+    out, names = {}, {n: name for n, name in split_lines(root/'classes.txt')}
+    for n, ((file,), (kind,), (train,), box) in ((n, [t[n] for t in tables]) for n in sorted(tables[0], key=int)):
+        assert names[kind] == file.split('/')[0] and all('.' in v for v in box)
+        x, y, w, h = map(float, box)
+        out.setdefault({'1': 'train', '0': 'test'}[train], []).append((root/'images'/file, int(kind) - 1, [[x, y, x + w, y + h]]))
+    return out
+
+
+def read_wsol(root):
+    "Split -> list of (image path, class id, boxes); sizes are compared with the files, class ids with the order of folders."
+    out = {}
+    for lists in sorted((root/'metadata').iterdir()):
+        rows = {k: [line.split(',') for line in (lists/f'{k}.txt').read_text().splitlines()] for k in ('image_ids', 'class_labels', 'image_sizes', 'localization')}
+        kinds, boxes = dict(rows['class_labels']), {}
+        for file, *size in rows['image_sizes']:
+            with Image.open(root/file) as im: assert im.size == tuple(map(int, size))
+        for file, x0, y0, x1, y1 in rows['localization']: boxes.setdefault(file, []).append([int(x0), int(y0), int(x1) + 1, int(y1) + 1])
+        out[lists.name] = [(root/file, int(kinds[file]), boxes[file]) for file, in rows['image_ids']]
+        names = [line.split()[1] for line in (root/'classes.txt').read_text().splitlines()]
+        assert names == sorted(names) and all(path.parent.name == names[kind] for path, kind, _ in out[lists.name])
+    return out
+
+
+def read_pet(root):
+    "Split -> list of (image path, class id, species, breed, trimap)."
+    out, listed = {}, split_lines(root/'annotations'/'list.txt')
+    for split in ('trainval', 'test'):
+        rows = split_lines(root/'annotations'/f'{split}.txt'); assert all(row in listed for row in rows)
+        for name, kind, species, breed in rows:
+            with Image.open(root/'annotations'/'trimaps'/f'{name}.png') as im: assert im.mode == 'L'; values = np.asarray(im)
+            assert name[0].isupper() == (species == '1')
+            out.setdefault(split, []).append((root/'images'/f'{name}.jpg', int(kind) - 1, int(species), int(breed), values))
+    assert len(listed) == sum(map(len, out.values()))
+    return out
+
+
+def read_dior(root, kind):
+    "Split -> list of (image path, names, boxes), from upright or turned boxes."
+    out = {}
+    for split in ('train', 'val', 'test'):
+        for name in (root/'ImageSets'/'Main'/f'{split}.txt').read_text().split():
+            node = ET.parse(root/'Annotations'/f'{kind} Bounding Boxes'/f'{name}.xml').getroot(); objects = node.findall('object')
+            if kind == 'Horizontal': boxes = [[int(o.findtext(f'bndbox/{k}')) for k in ('xmin', 'ymin', 'xmax', 'ymax')] for o in objects]
+            else:
+                assert {(o.findtext('angle'), o.findtext('type')) for o in objects} == {('0', 'robndbox')}
+                boxes = [[int(o.findtext(f'robndbox/{axis}_{at}')) for at in ('left_top', 'right_bottom') for axis in 'xy'] for o in objects]
+                for o, (x0, y0, x1, y1) in zip(objects, boxes):
+                    assert [int(o.findtext(f'robndbox/{axis}_{at}')) for at in ('right_top', 'left_bottom') for axis in 'xy'] == [x1, y0, x0, y1]
+            file = root/('JPEGImages-test' if split == 'test' else 'JPEGImages-trainval')/node.findtext('filename')
+            assert len(name) == 5 and file.stem == name
+            out.setdefault(split, []).append((file, [o.findtext('name') for o in objects], boxes))
+    return out
+
+
+@pytest.fixture(scope='module')
+def animals(tmp_path_factory):
+    "One object an image, and its exports in the layouts that ask for that."
+    patch = pytest.MonkeyPatch(); patch.setenv('WSL_NB_CACHE', str(tmp_path_factory.mktemp('cache')))
+    data, folder = embedded('wsol', train=9, val=4, test=3, size=64), tmp_path_factory.mktemp('official')
+    yield data, {layout: export(data, layout, folder/layout) for layout in ('cub', 'wsol', 'pet', 'dior')}
+    patch.undo()
+
+
+def truth(data, *splits):
+    "Samples of the splits, one after the other."
+    return [s for split in splits for s in data.split(split, ('image', 'label', 'mask', 'boxes'))]
+
+
+def same_picture(path, sample):
+    "Equal up to JPEG."
+    with Image.open(path) as im: got = torch.from_numpy(np.array(im)).permute(2, 0, 1) / 255
+    return got.shape == sample['image'].shape and (got - sample['image']).abs().mean() < .04
+
+
+def test_cub_returns(animals):
+    "Boxes and labels exactly; val and test are both test; every class is listed."
+    data, roots = animals
+    found = read_cub(roots['cub'])
+    for split, parts in (('train', ['train']), ('test', ['val', 'test'])):
+        samples = truth(data, *parts); assert len(samples) == len(found[split])
+        for s, (path, kind, boxes) in zip(samples, found[split]):
+            assert s['boxes'].tolist() == boxes and s['box_labels'].tolist() == [kind] and path.stem == s['id'] and same_picture(path, s)
+    assert split_lines(roots['cub']/'classes.txt') == [[str(k + 1), f'{k + 1:03d}.{c}'] for k, c in enumerate(data.classes)]
+
+
+def test_wsol_lists_return(animals, copies):
+    "Boxes and labels exactly, splits apart; several boxes of one class are several lines."
+    data, roots = animals
+    found = read_wsol(roots['wsol']); assert list(found) == ['test', 'train', 'val']
+    for split in found:
+        samples = truth(data, split); assert len(samples) == len(found[split])
+        for s, (path, kind, boxes) in zip(samples, found[split]): assert s['boxes'].tolist() == boxes and s['box_labels'].tolist() == [kind] and same_picture(path, s)
+    edit(copies[1]/'annotations'/'instances_val2017.json', lambda raw: [a.update(category_id=1) for a in raw['annotations']])
+    (copies[1]/'annotations'/'instances_train2017.json').unlink()
+    many = open_set(copies[1], 'coco'); found = read_wsol(export(many, 'wsol', copies[1].parent/'w'))['val']
+    assert max(len(boxes) for *_, boxes in found) > 1
+    for s, (_, kind, boxes) in zip(truth(many, 'val'), found): assert s['boxes'].tolist() == boxes and kind == 0
+
+
+def test_pet_returns(animals):
+    "Classes, species and breeds; the trimap is the mask outside a band of two pixels on each side of the outline."
+    data, roots = animals
+    found = read_pet(roots['pet']); half = len(data.classes) // 2
+    for split, parts in (('trainval', ['train', 'val']), ('test', ['test'])):
+        samples = truth(data, *parts); assert len(samples) == len(found[split])
+        for s, (path, kind, species, breed, values) in zip(samples, found[split]):
+            mask = s['mask'].numpy() > 0; out = np.pad(mask, 2, mode='edge')
+            near = [out[y:y + mask.shape[0], x:x + mask.shape[1]] for y in range(5) for x in range(5)]
+            assert s['box_labels'].tolist() == [kind] and (species, breed) == (1 + kind // half, 1 + kind % half) and same_picture(path, s)
+            assert np.array_equal(values == 1, np.all(near, 0)) and np.array_equal(values == 2, ~np.any(near, 0)) and set(np.unique(values)) == {1, 2, 3}
+            assert path.stem.rsplit('_', 1)[0].lower() == data.classes[kind]
+
+
+def test_dior_returns(farm, tmp_path):
+    "Several objects an image: names and boxes exactly, in both box styles."
+    data, root = farm[0], export(farm[0], 'dior', tmp_path/'dior')
+    (root/'ImageSets'/'Main'/'test.txt').touch()
+    for kind in ('Horizontal', 'Oriented'):
+        found = read_dior(root, kind); assert {k: len(v) for k, v in found.items()} == dict(train=5, val=3)
+        for split in found:
+            for s, (path, names, boxes) in zip(truth(data, split), found[split]):
+                assert names == [data.classes[k] for k in s['box_labels']] and boxes == s['boxes'].tolist() and same_picture(path, s)
+    assert (root/'classes.txt').read_text().split() == list(data.classes)
+
+
+def test_dior_keeps_test_images_apart(animals):
+    "Numbers go on through the splits; images of test lie in a folder of their own."
+    data, roots = animals
+    found = read_dior(roots['dior'], 'Horizontal'); files = [path for part in found.values() for path, *_ in part]
+    assert [int(p.stem) for p in files] == list(range(1, 17)) and [p.parent.name for p in files] == ['JPEGImages-trainval'] * 13 + ['JPEGImages-test'] * 3 and all(p.is_file() for p in files)
+
+
+def test_captions_of_coco_follow_the_official_schema(farm):
+    "Five captions an image, numbered, on the same image records as the instances."
+    data, root = farm[0], farm[2]
+    for split in ('train', 'val'):
+        said, seen = (json.loads((root/'annotations'/f'{kind}_{split}2017.json').read_text()) for kind in ('captions', 'instances'))
+        assert set(said) == {'info', 'licenses', 'images', 'annotations'} and said['images'] == seen['images']
+        assert all(set(a) == {'id', 'image_id', 'caption'} for a in said['annotations']) and len({a['id'] for a in said['annotations']}) == len(said['annotations'])
+        ids = {im['source_id']: im['id'] for im in said['images']}
+        for s in data.split(split, ('captions',)): assert [a['caption'] for a in said['annotations'] if a['image_id'] == ids[s['id']]] == s['captions']
+
+
+@pytest.mark.parametrize('layout', ('cub', 'wsol', 'pet'))
+def test_layouts_of_single_objects_refuse_others(farm, tmp_path, layout):
+    "Nothing is written; the message counts the images and names the preset that fits."
+    with pytest.raises(BadInput, match='without exactly one') as e: export(farm[0], layout, tmp_path/'x')
+    assert 'preset wsol' in e.value.cure and not (tmp_path/'x').exists()
+
+
+@pytest.mark.parametrize('layout', WRITERS)
+def test_the_command_line_makes_every_layout(tmp_path, monkeypatch, capsys, layout):
+    "`data make` for each layout; those that can be read are clean under `data check`; a refused set leaves the folder usable."
+    from wsl_nb import cli
+    monkeypatch.setenv('WSL_NB_CACHE', str(tmp_path/'cache')); out = tmp_path/'out'
+    if layout in ('cub', 'wsol', 'pet'): assert cli.main(['data', 'make', 'small', '--layout', layout, '--out', str(out), '--train', '2', '--val', '1', '--test', '1', '--size', '48']) == 2
+    assert cli.main(['data', 'make', 'wsol', '--layout', layout, '--out', str(out), '--train', '4', '--val', '2', '--test', '2', '--size', '48']) == 0
+    assert sum(1 for _ in out.rglob('*.jpg')) == 8
+    if layout in LAYOUTS: assert cli.main(['data', 'check', layout, str(out)]) == 0, capsys.readouterr().out
+    assert cli.main(['data', 'list']) == 0 and layout in capsys.readouterr().out
