@@ -363,13 +363,14 @@ def test_bad_tables_are_named(own, fault):
 
 
 def test_bad_folders_are_named(own, tmp_path):
-    "No image, no class folder, one class, one id twice, unreadable endings, another word for a split, several tables, no text."
+    "No image, no class folder, one class, one id twice, images too deep, unreadable endings, another word for a split, several tables, no text."
     def says(words):
         with pytest.raises(BadInput, match=words) as e: open_set(own, 'folder')
         assert check(own, 'folder')[0].kind in ('missing', 'broken') and len(e.value.cure) > 10
     (own/'one.csv').write_bytes('image,label\ncat/0.jpg,ca\u00f1\n'.encode('latin1')); says('no CSV text in UTF-8')
     (own/'two.csv').write_text(LINE); says('2 CSV files'); (own/'one.csv').unlink(); (own/'two.csv').unlink()
     picture(own/'cat'/'0.png'); says(r'two images \(cat/0\)'); (own/'cat'/'0.png').unlink()
+    picture(own/'bird'/'2024'/'0.jpg'); says(r"without an image, but with images in its folders \['2024'\]"); shutil.rmtree(own/'bird')
     (own/'bird').mkdir(); (own/'bird'/'IMG_1.HEIC').touch(); says(r'1 files, none with an image ending \(IMG_1.HEIC'); shutil.rmtree(own/'bird')
     picture(own/'train'/'cat'/'0.jpg'); says(r"folders \['cat', 'dog'\] beside \['train'\]"); shutil.rmtree(own/'train')
     shutil.rmtree(own/'dog'); says('one class only'); shutil.move(own/'cat'/'1.jpg', own); shutil.rmtree(own/'cat'); says('no image in a class folder')

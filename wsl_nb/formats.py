@@ -274,7 +274,7 @@ def visible(
 def class_rows(
     root: Path, # Folder with class folders, or with train, val, test above them
 ) -> list: # (split or '', path, class names)
-    "The images of class folders. Raises: `BadInput` for a folder beside the splits, or one whose files are no readable images."
+    "The images of class folders. Raises: `BadInput` for a folder beside the splits, or one whose images lie deeper or cannot be read."
     folders = visible(root, 'folder')
     parts = [f for f in folders if f.name in SPLITS and not visible(f, 'image') and any(visible(c, 'image') for c in visible(f, 'folder'))]
     other = [f.name for f in folders if parts and f not in parts and any(visible(c, 'image') for c in (f, *visible(f, 'folder')))]
@@ -283,6 +283,8 @@ def class_rows(
     for split, folder in [(p.name, c) for p in parts for c in visible(p, 'folder')] if parts else [('', f) for f in folders]:
         images, files = visible(folder, 'image'), visible(folder, 'file')
         require(images or not files, f'{folder} with {len(files)} files, none with an image ending ({files[0].name if files else ""}, …)', ' '.join(ENDINGS), 'convert them to JPEG, or move the folder away')
+        deeper = [c.name for c in visible(folder, 'folder') if visible(c, 'image')]
+        require(images or not deeper, f'{folder} without an image, but with images in its folders {deeper[:3]}', 'images directly in their class folder', 'move the images one folder up, or give the folder that holds the classes')
         rows += [(split, path, (folder.name,)) for path in images]
     require(bool(rows), f'no image in a class folder of {root}', 'root/<class>/*.jpg, or root/train/<class>/*.jpg, or a labels.csv', 'put the photographs into one folder a class, or write a CSV with columns image,label')
     return rows
