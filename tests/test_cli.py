@@ -66,10 +66,11 @@ def test_flags_over_file_over_preset(tmp_path):
     (['train', 'toy', '--data', '.', '--out', 'x'], 'embedded'), (['train', 'toy', '--config', 'none.yaml', '--out', 'x'], 'none.yaml'), (['train', 'toy', '--precision', 'fp16', '--out', 'x'], 'fp16'),
     (['eval', 'toy', '--run', 'nowhere'], 'config.yaml'), (['predict', 'toy', '--run', 'nowhere', '--out', 'y', 'none.png'], 'none.png'), (['predict', 'toy', '--out', 'y'], 'IMAGE'),
     (['replay', 'nowhere'], 'facts.json'), (['data', 'check', 'voc', 'nowhere'], 'nowhere'), (['demo', 'toy', '--outt', 'x'], '--outt'), (['fly'], 'fly'), ([], 'COMMAND'),
-    (['assets', 'make'], 'name')])
-def test_bad_input_ends_with_2(words, says, capsys, tmp_path, monkeypatch):
+    (['assets', 'make'], 'name'), (['eval', 'toy', '--run', 'RUN', '--protocol', 'cam2seg'], 'this method has one'), (['eval', 'toy', '--run', 'RUN', '--num-images', '0'], '1 or more'),
+    (['data', 'fetch', 'nothing', '--out', 'x'], 'pet'), (['data', 'fetch', 'cub', '--out', 'x'], 'by hand'), (['data', 'fetch', 'pet'], '--out'), (['doctor', 'toy'], 'step_cost'), (['doctor', 'nothing'], 'one of')])
+def test_bad_input_ends_with_2(words, says, run, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, text = refused(capsys, *words)
+    code, text = refused(capsys, *(str(run) if w == 'RUN' else w for w in words))
     assert code == 2 and says in text
 
 

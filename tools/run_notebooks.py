@@ -65,7 +65,7 @@ def closure(modules):
     todo, seen = set(modules), set()
     while todo:
         module = todo.pop(); seen.add(module)
-        todo |= imported((PACKAGE / f'{module}.py').read_text(encoding='utf-8'), module != 'cli') - seen
+        todo |= imported((PACKAGE / f'{module}.py').read_text(encoding='utf-8'), not module.startswith('cli')) - seen
     return sorted(seen)
 
 
@@ -83,7 +83,7 @@ def state(book):
     "Hash of all that the outputs of a notebook depend on."
     cells = code_cells(book); digest = hashlib.sha256()
     for cell in cells: digest.update(bare(cell).encode() + b'\0')
-    inside = not book.stem.endswith('_cli')  # the command line reaches everything and shows nothing of it
+    inside = '_cli' not in book.stem  # the command line reaches everything and shows nothing of it
     for module in closure(set().union(*(imported(c, inside) for c in cells))):
         digest.update(module.encode() + bare((PACKAGE / f'{module}.py').read_text(encoding='utf-8')).encode() + b'\0')
     for call, files in {'recorded(': (ROOT / 'results').rglob('result.json'), 'shipped(': (PACKAGE / 'assets').glob('*.json')}.items():

@@ -117,13 +117,13 @@ def peak_memory(
 # %% ../nbs/02e_more_numbers.ipynb #27efa75c
 def step_cost(
     cfg: MoReConfig, # Recipe at full size
-    classes: int, # Foreground classes C
+    classes: int | None = None, # Foreground classes C; None: 20 for VOC, 80 for COCO, else 8
     batch: int | None = None, # Images an update; None: those of the recipe
     repeats: int = 2, # Updates timed in each phase, the first one is thrown away
 ) -> dict: # preset, device, threads, batch, crop, phases, seconds an image in each, gigabytes
     "Seconds an image of a training update in each phase of a recipe, on the device of a run, and the largest memory; random images, random weights. On one CPU thread these are CPU seconds, which other programs do not lengthen."
     from accelerate import PartialState
-    device, batch = PartialState().device, batch or cfg.batch
+    device, batch, classes = PartialState().device, batch or cfg.batch, classes or {'voc': 20, 'coco': 80}.get(cfg.layout.removesuffix('2014'), 8)
     seed_everything('cost'); model = MoRe(cfg, classes).to(device)
     optimizer, seconds = torch.optim.AdamW(groups(model, cfg)), []
     image = normalise(torch.rand(batch, 3, cfg.crop, cfg.crop, generator=torch_rng('cost'))).to(device)
