@@ -62,8 +62,9 @@ ALL = pytest.mark.parametrize('make', [course, label_map, neighbours, refinement
 
 @ALL
 def test_every_control_changes_picture_and_read_out_and_comes_back(make):
-    explorer = make(); first = explorer.image.value.tobytes(), explorer.readout.value, explorer.image.tooltip
+    explorer = make(); first = explorer.image.value.tobytes(), explorer.readout.value
     assert first[0][:4] == b'\x89PNG' and all(name in first[1] for name in explorer.controls)
+    assert explorer.image.tooltip is None, 'a tooltip breaks the view of an image widget'
     for name, box in explorer.controls.items():
         assert box.description == name and len(box.options) > 1
         begin = box.index
@@ -71,9 +72,9 @@ def test_every_control_changes_picture_and_read_out_and_comes_back(make):
             if index == begin: continue
             box.index = index
             assert explorer.image.value.tobytes() != first[0], f'{name} at {box.label} shows the same picture'
-            assert explorer.readout.value != first[1] and box.label in explorer.readout.value and explorer.image.tooltip != first[2]
+            assert explorer.readout.value != first[1] and box.label in explorer.readout.value
         box.index = begin
-        assert (explorer.image.value.tobytes(), explorer.readout.value, explorer.image.tooltip) == first
+        assert (explorer.image.value.tobytes(), explorer.readout.value) == first
 
 
 @ALL
@@ -125,9 +126,10 @@ def test_a_position_is_drawn_once():
 
 
 def test_kinds_of_controls():
+    "No list box: JupyterLab takes its arrow keys."
     kinds = lambda **c: [type(b).__name__ for b in widgets.explorer(lambda **v: widgets.board(1, 1.)[0], c).controls.values()]
     assert kinds(a=[.1, .2], b=['x', 'y'], c=[f'a long option {i}' for i in range(9)], d=[False, True], e={'off': 0, '1': 1}, f=[3]) == \
-        ['SelectionSlider', 'ToggleButtons', 'Dropdown', 'ToggleButtons', 'SelectionSlider', 'ToggleButtons']
+        ['SelectionSlider', 'ToggleButtons', 'SelectionSlider', 'ToggleButtons', 'SelectionSlider', 'ToggleButtons']
 
 
 def test_arrays_lists_and_tensors_give_the_same_picture():
@@ -145,7 +147,7 @@ def test_neighbours_lie_on_their_patches():
     (square,) = figure.axes[0].patches
     assert np.allclose(square.get_bbox().extents, [39.9, 15.9, 47.1, 23.1])
     bars = next(a for a in figure.axes if 'entropy' in a.get_title())
-    assert [t.get_text() for t in bars.get_yticklabels()] == ['patch 2, 5', 'token bus'] and f'{-.1 * np.log(.1) - .9 * np.log(.9):.2f} nats' in bars.get_title()
+    assert [t.get_text() for t in bars.texts if t.get_ha() == 'right'] == ['patch 2, 5', 'token bus'] and f'{-.1 * np.log(.1) - .9 * np.log(.9):.2f} nats' in bars.get_title()
 
 
 def test_marks_lie_in_their_patch_and_the_window_around_the_tested_one():
