@@ -86,7 +86,7 @@ def state(book):
     inside = '_cli' not in book.stem  # the command line reaches everything and shows nothing of it
     for module in closure(set().union(*(imported(c, inside) for c in cells))):
         digest.update(module.encode() + bare((PACKAGE / f'{module}.py').read_text(encoding='utf-8')).encode() + b'\0')
-    for call, files in {'recorded(': (ROOT / 'results').rglob('result.json'), 'shipped(': (PACKAGE / 'assets').glob('*.json')}.items():
+    for call, files in {'recorded(': (ROOT / 'results').rglob('result.json'), 'read_results(': (ROOT / 'results').rglob('result.json'), 'shipped': (PACKAGE / 'assets').glob('*.json')}.items():
         if any(call in c for c in cells):
             for file in sorted(files): digest.update(file.read_bytes())
     if book.stem == 'index':  # its tables list the other notebooks
