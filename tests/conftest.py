@@ -57,7 +57,9 @@ def pytest_runtest_call(item):
 
 
 def pytest_terminal_summary(terminalreporter):
-    "Prints what real runs cost (in the process that ran them)."
+    "Prints what real runs cost (in the process that ran them), and what the browser measured (in any process)."
+    for report in terminalreporter.stats.get('passed', []):
+        for name, value in getattr(report, 'user_properties', []): terminalreporter.write_line(f'{report.nodeid.split("::")[-1]}: {name} {value}')
     for name, seconds, peak in COSTS:
         memory = f', peak memory so far {peak[0]:.2f} GB, largest child {peak[1]:.2f} GB' if peak else ''
         terminalreporter.write_line(f'{name}: {seconds:.1f} s{memory}')

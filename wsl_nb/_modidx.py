@@ -593,6 +593,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'wsl_nb.viz.resize_map': ('viz.html#resize_map', 'wsl_nb/viz.py'),
                             'wsl_nb.viz.save_figure': ('viz.html#save_figure', 'wsl_nb/viz.py'),
                             'wsl_nb.viz.section_html': ('viz.html#section_html', 'wsl_nb/viz.py'),
+                            'wsl_nb.viz.shrink': ('viz.html#shrink', 'wsl_nb/viz.py'),
                             'wsl_nb.viz.strip': ('viz.html#strip', 'wsl_nb/viz.py'),
                             'wsl_nb.viz.styled': ('viz.html#styled', 'wsl_nb/viz.py'),
                             'wsl_nb.viz.table_of': ('viz.html#table_of', 'wsl_nb/viz.py'),

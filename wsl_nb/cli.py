@@ -184,7 +184,8 @@ def run_lab(
     "`wsl-nb lab`: JupyterLab on the first lesson; it is started inside the clone so that its save hooks work."
     from wsl_nb.core import require
     root = clone()
-    require(importlib.util.find_spec('jupyterlab'), 'no JupyterLab', 'the extra "lab"', 'pip install -e ".[lab]"')
+    absent = [p for p in ('jupyterlab', 'ipywidgets') if not importlib.util.find_spec(p)]
+    require(not absent, f'no {" and no ".join(absent)}', 'the extra "lab"', 'pip install -e ".[lab]"')
     book = next((b for b in (root/'nbs/02_more.ipynb', root/'nbs/index.ipynb') if b.exists()), root/'nbs')
     return subprocess.call([sys.executable, '-m', 'jupyterlab', str(book.relative_to(root)), *flags], cwd=root)
 
@@ -311,8 +312,8 @@ def run_results(
 ) -> int: # Exit code
     "`wsl-nb results [DIR]`: the table of all recorded results."
     from wsl_nb.metrics import results_table
-    records = recorded(args.folder)
-    print(results_table(records) if records else f'no recorded result under {args.folder}')
+    records = [r for r in recorded(args.folder) if args.like.lower() in ' '.join(map(str, (r.method, r.preset, r.dataset, r.split, r.metric, r.kind))).lower()]
+    print(results_table(records) if records else f'no recorded result under {args.folder}' + (f' with "{args.like}"' if args.like else ''))
     return 0
 
 # %% ../nbs/17_cli.ipynb #e65b8ad0
@@ -379,14 +380,15 @@ def run_predict(
 ) -> int: # Exit code
     "`wsl-nb predict METHOD`: maps, label maps and a page for own images."
     from wsl_nb.core import read_image, write_mask
-    from wsl_nb.viz import draw_labels, draw_maps, report_html, save_figure
+    from wsl_nb.viz import draw_labels, draw_maps, report_html, save_figure, shrink
     files = own_images(args.images); images = [read_image(f, exif=True) for f in files]
     module, cfg, model, names = predictor(args); out, sections = fresh(args.out, args.overwrite), []
     for i, (file, image) in enumerate(zip(files, images)):
         found, stem = module.predict(model, [image], cfg)[0], f'{i:03d}_{file.stem}'
         kinds = [k for k in ('labels', 'decoder') if k in found]
         best = sorted(range(len(names)), key=lambda c: -float(found['scores'][c]))[:4]
-        figures = [draw_maps(image, [found['maps'][c] for c in best], [f'{names[c]} {float(found["scores"][c]):.2f}' for c in best]), draw_labels(image, [found[k] for k in kinds], list(names), kinds)]
+        shown = shrink(image)
+        figures = [draw_maps(shown, [found['maps'][c] for c in best], [f'{names[c]} {float(found["scores"][c]):.2f}' for c in best]), draw_labels(shown, [shrink(found[k]) for k in kinds], list(names), kinds)]
         save_figure(out/f'{stem}_maps.png', figures[0]); write_mask(out/f'{stem}_labels.png', found['labels'])
         sections.append(dict(title=file.name, figures=figures))
     report_html(out/'report.html', f'{args.method}: own images', sections); print(f'wrote {out/"report.html"}')
@@ -400,7 +402,7 @@ COMMANDS = {
     'eval': ('scores of a run', run_eval, 'method --run! --checkpoint --data --split --num-images --protocol --processes --out --overwrite'),
     'predict': ('maps and label maps of own images', run_predict, 'method --run --weights --preset --config --checkpoint --classes --out! --overwrite images'),
     'replay': ('repeat the update that was not finite', run_replay, 'folder'),
-    'results': ('table of recorded results', run_results, 'results?'),
+    'results': ('table of recorded results', run_results, 'results? --like'),
     'doctor': ('versions, device and folders; with a method, what its recipe costs here', run_doctor, 'recipe? --preset --batch'),
     'data list': ('what can be drawn, read, written and fetched', data_list, ''),
     'data fetch': ('download a data set, verified and resumable', data_fetch, 'name --out! --mirror'),
@@ -422,6 +424,7 @@ OPTIONS = {
     '--split': dict(help='split to score (eval_split of the recipe)'), '--num-images': dict(type=int, help='only the first N images; never a recorded result'),
     '--protocol': dict(help='inference protocols, with commas, or all; without it the validation of the recipe'), '--processes': dict(type=int, default=0, help='worker processes of the dense CRF (0: none)'),
     '--batch': dict(type=int, help='images an update; without it those of the recipe'), '--mirror': dict(help='base address or local folder to take the files from; their checksums stay the official ones'),
+    '--like': dict(default='', help='only rows whose method, recipe, data or metric contains this text'),
     '--weights': dict(help='weight file instead of a run'), '--classes': dict(help='names, with commas, in the order of training'),
     '--layout': dict(default='voc', help='layout to write, see data list (voc)'),
     '--seed': dict(type=int, default=0, help='(0)'), '--size': dict(type=int, default=96, help='side in pixels (96)'),

@@ -196,6 +196,7 @@ def refined_labels(
     cam: Tensor, # Maps in [0,1), (B,C,H,W)
     label: Tensor, # (B,C)
     values: tuple[float, float], # Low and high background value
+    iterations: int = 10, # Steps of PAR
 ) -> Tensor: # uint8 (B,H,W): 0, classes, 255
     "Decoder's pseudo label: two background values, both refined by PAR in one call, fused. Source: official code."
     size, B = image.shape[-2:], len(image)
@@ -205,7 +206,7 @@ def refined_labels(
     present = label.gather(1, index) > 0
     masked = (cam * label[:, :, None, None]).gather(1, index[:, :, None, None].expand(-1, -1, *size))
     stacks = torch.cat([_softmax_present(F.pad(masked, (0, 0, 0, 0, 1, 0), value=v), present) for v in values], 1)
-    refined = F.interpolate(par_refine(picture, stacks), size=size, mode='bilinear', align_corners=False)
+    refined = F.interpolate(par_refine(picture, stacks, iterations), size=size, mode='bilinear', align_corners=False)
     ids = F.pad(torch.where(present, index + 1, 0), (1, 0))
     low, high = (ids.gather(1, m.argmax(1).flatten(1)).view(B, *size) for m in refined.chunk(2, 1))
     return torch.where(high != 0, high, torch.where(low != 0, 255, 0)).to(torch.uint8)

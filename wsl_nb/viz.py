@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'TRUTH', 'PREDICTION', 'DPI', 'PAGE', 'SECTION', 'Picture', 'png', 'pixels', 'save_figure', 'styled',
-           'panels', 'to_array', 'to_rgb', 'to_grey', 'resize_map', 'overlay', 'outline', 'draw_maps', 'draw_grid',
-           'strip', 'class_colours', 'colour_labels', 'draw_labels', 'draw_boxes', 'log_values', 'chart', 'draw_curves',
-           'draw_matrix', 'draw_bars', 'cell_text', 'table_of', 'markdown_table', 'html_table', 'section_html',
-           'report_html']
+           'panels', 'to_array', 'to_rgb', 'to_grey', 'resize_map', 'shrink', 'overlay', 'outline', 'draw_maps',
+           'draw_grid', 'strip', 'class_colours', 'colour_labels', 'draw_labels', 'draw_boxes', 'log_values', 'chart',
+           'draw_curves', 'draw_matrix', 'draw_bars', 'cell_text', 'table_of', 'markdown_table', 'html_table',
+           'section_html', 'report_html']
 
 # %% ../nbs/15_viz.ipynb #6ee45309
 import base64, functools, html, io, math
@@ -124,6 +124,17 @@ def resize_map(
     map = torch.as_tensor(to_array(map)).float()
     require(map.ndim == 2, f'a map of shape {tuple(map.shape)}', '(h,w)', 'pass the map of one class')
     return torch.nn.functional.interpolate(map[None, None], size=tuple(size), mode='bilinear', align_corners=False)[0, 0].numpy()
+
+# %% ../nbs/15_viz.ipynb #4b38e71d
+def shrink(
+    image, # uint8 (H,W,3), or ids (H,W)
+    side: int = 1024, # Longest side wanted, pixels
+) -> np.ndarray: # uint8, not larger than the image
+    "Image or label map for a picture: smaller where it is larger than a screen; ids are picked, never mixed."
+    from PIL import Image
+    image = np.asarray(image); factor = min(1, side / max(image.shape[:2]))
+    if factor == 1: return image
+    return np.asarray(Image.fromarray(image).resize([max(1, round(n * factor)) for n in image.shape[1::-1]], Image.Resampling.NEAREST if image.ndim == 2 else Image.Resampling.BOX))
 
 # %% ../nbs/15_viz.ipynb #7ef0437f
 def overlay(
