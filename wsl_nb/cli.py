@@ -187,7 +187,9 @@ def run_lab(
     absent = [p for p in ('jupyterlab', 'ipywidgets') if not importlib.util.find_spec(p)]
     require(not absent, f'no {" and no ".join(absent)}', 'the extra "lab"', 'pip install -e ".[lab]"')
     book = next((b for b in (root/'nbs/02_more.ipynb', root/'nbs/index.ipynb') if b.exists()), root/'nbs')
-    return subprocess.call([sys.executable, '-m', 'jupyterlab', str(book.relative_to(root)), *flags], cwd=root)
+    root_user = ['--allow-root'] if getattr(os, 'geteuid', lambda: 1)() == 0 and '--allow-root' not in flags else [] # in containers; Jupyter refuses otherwise
+    print('if no browser opens, copy the address with its token that appears below', flush=True)
+    return subprocess.call([sys.executable, '-m', 'jupyterlab', str(book.relative_to(root)), *root_user, *flags], cwd=root)
 
 # %% ../nbs/17_cli.ipynb #a02afbdf
 def note_classes(
