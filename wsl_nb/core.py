@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'ASSETS', 'BadInput', 'require', 'NonFinite', 'key_entropy', 'rng', 'torch_rng', 'seed_everything',
-           'read_image', 'read_mask', 'voc_palette', 'atomic', 'write_image', 'write_mask', 'file_hash', 'text_hash',
-           'state_hash', 'normalise', 'denormalise', 'minmax', 'full_precision', 'asset', 'save_asset']
+           'opened_image', 'eight_bits', 'read_image', 'read_mask', 'voc_palette', 'atomic', 'write_image',
+           'write_mask', 'file_hash', 'text_hash', 'state_hash', 'normalise', 'denormalise', 'minmax', 'full_precision',
+           'asset', 'save_asset']
 
 # %% ../nbs/10_core.ipynb #76303537
 import contextlib, functools, hashlib, json, os, random, shutil, tempfile
@@ -86,19 +87,45 @@ def seed_everything(
     words = key_entropy(*key)
     random.seed(words[0]); np.random.seed(words[1]); torch.manual_seed(words[2])
 
+# %% ../nbs/10_core.ipynb #f69d901f
+@contextlib.contextmanager
+def opened_image(
+    path: str | Path, # Image file
+    kind: str = 'file', # 'file' or 'mask', for the messages
+): # Yields the image of PIL
+    "An image file to read from. Raises: `BadInput`, also out of the block, if it is missing, truncated, no image, or so large that opening it may fill the memory."
+    whole = 'a complete PNG' if kind == 'mask' else 'a complete image file'
+    try:
+        with Image.open(path) as im: yield im
+    except FileNotFoundError:
+        raise BadInput(f'no {kind} at {path}', 'a PNG of class ids' if kind == 'mask' else 'an image file', 'check the name and the folder') from None
+    except Image.DecompressionBombError:
+        raise BadInput(f'{path} with more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels', 'fewer, since a small file can unpack to more than the memory holds', 'make the picture smaller, or cut it into parts') from None
+    except (UnidentifiedImageError, OSError, SyntaxError) as e:
+        raise BadInput(f'{path}, which cannot be decoded ({e})', whole, 'fetch this file again') from None
+
+# %% ../nbs/10_core.ipynb #029505f5
+def eight_bits(
+    im: Image.Image, # As opened
+    name: str | Path, # For the message
+) -> np.ndarray: # uint8 (H,W,3)
+    "RGB pixels; 16-bit grey is scaled from 0..65535, where a plain conversion would cut at 255. Raises: `BadInput` for numbers whose range is not known."
+    if im.mode not in ('I', 'F') and not im.mode.startswith('I;'): return np.asarray(im.convert('RGB'))
+    values = np.asarray(im)
+    known = im.mode.startswith('I;16') or im.mode == 'I' and im.format in ('PNG', 'PPM') # PIL's older name for 16 bits
+    require(known, f'{name} with pixels of mode {im.mode}, from {values.min():g} to {values.max():g}', '8 or 16 bits a channel', 'save it again with 8 bits a channel')
+    return np.repeat(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)[..., None], 3, 2)
+
 # %% ../nbs/10_core.ipynb #1a356e74
 def read_image(
     path: str | Path, # JPEG, PNG, … in colour or grey
     exif: bool = False, # Turn the picture upright as its EXIF tag says (own photographs; data sets are annotated without)
 ) -> np.ndarray: # uint8 (H,W,3)
-    "RGB pixels of an image file, grey files stacked to three channels. Raises: `BadInput` if missing, truncated or no image."
-    try:
-        with Image.open(path) as im:
-            return np.asarray((ImageOps.exif_transpose(im) if exif else im).convert('RGB'))
-    except FileNotFoundError:
-        raise BadInput(f'no file at {path}', 'an image file', 'check the name and the folder') from None
-    except (UnidentifiedImageError, OSError, SyntaxError) as e:
-        raise BadInput(f'{path}, which cannot be decoded ({e})', 'a complete image file', 'fetch this file again') from None
+    "RGB pixels of an image file, grey files stacked to three channels. Raises: `BadInput` if missing, truncated, no image, or too large."
+    with opened_image(path) as im:
+        kind = im.format
+        if exif: im = ImageOps.exif_transpose(im); im.format = kind
+        return eight_bits(im, path)
 
 # %% ../nbs/10_core.ipynb #ea33397a
 def read_mask(
@@ -106,13 +133,7 @@ def read_mask(
     classes: int | None = None, # Number of ids incl. background; values above must be 255. None: not checked
 ) -> np.ndarray: # uint8 (H,W), ids, 255 = ignore
     "Class ids of a mask file, palette untouched. Raises: `BadInput` for a colour file, a missing or broken file, or an id out of range."
-    try:
-        with Image.open(path) as im:
-            mode, mask = im.mode, np.asarray(im)
-    except FileNotFoundError:
-        raise BadInput(f'no mask at {path}', 'a PNG of class ids', 'check the name and the folder') from None
-    except (UnidentifiedImageError, OSError, SyntaxError) as e:
-        raise BadInput(f'{path}, which cannot be decoded ({e})', 'a complete PNG', 'fetch this file again') from None
+    with opened_image(path, 'mask') as im: mode, mask = im.mode, np.asarray(im)
     require(mode in ('P', 'L', '1'), f'{path} with mode {mode}, shape {mask.shape}: colours, not class ids',
             'a palette (P) or grey (L) PNG of shape (H,W)', 'write the ids, not the colours, or restore the original file')
     mask = mask.astype(np.uint8)
