@@ -1,5 +1,6 @@
 "Layouts on the exported farm: there and back, every planted fault named, masks never needed by a weak split; own photographs."
 import dataclasses, json, shutil
+from types import SimpleNamespace
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -7,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.io import savemat
 
-from wsl_nb.core import BadInput, write_mask
+from wsl_nb import cli_data, formats_write
+from wsl_nb.core import BadInput, read_mask, write_mask
 from wsl_nb.data import embedded
 from wsl_nb.formats import ENDINGS, LAYOUTS, held_out, open_set, read_list, read_xml
 from wsl_nb.formats_check import check
-from wsl_nb.formats_write import WRITERS, export, instance_masks
+from wsl_nb.formats_write import TRAIN_AUG, WRITERS, build_train_aug, export, instance_masks, train_aug_ids
 
 ALL = ('image', 'label', 'mask', 'boxes')
 QUIET = pytest.mark.filterwarnings('ignore:__array__ implementation:DeprecationWarning')  # of pycocotools with NumPy 2
@@ -597,3 +600,110 @@ def test_the_command_line_makes_every_layout(tmp_path, monkeypatch, capsys, layo
     assert sum(1 for _ in out.rglob('*.jpg')) == 8
     if layout in LAYOUTS: assert cli.main(['data', 'check', layout, str(out)]) == 0, capsys.readouterr().out
     assert cli.main(['data', 'list']) == 0 and layout in capsys.readouterr().out
+
+
+# --- VOC with SBD ----------------------------------------------------------------------------------------------------------
+
+def write_sbd(folder, train, val, masks):
+    "SBD as its archive unpacks: two lists, and for each image a MATLAB file with a struct."
+    (folder/'cls').mkdir(parents=True)
+    for name, ids in dict(train=train, val=val).items(): (folder/f'{name}.txt').write_text('\n'.join(ids) + '\n')
+    for name, mask in masks.items(): savemat(folder/'cls'/f'{name}.mat', dict(GTcls=dict(Segmentation=mask, CategoriesPresent=np.unique(mask[mask > 0]), Boundaries=np.zeros((20, 1), object))), do_compression=True)
+
+
+@pytest.fixture
+def voc_sbd(tmp_path):
+    "VOC train a, b; val c; SBD train b, c, d; val e, f. VOC's own masks have a border of 255, those of SBD none. Masks by id."
+    voc, sbd, masks = tmp_path/'VOCdevkit'/'VOC2012', tmp_path/'sbd'/'benchmark_RELEASE'/'dataset', {}
+    for k, name in enumerate('abcdef'):
+        mask = np.zeros((12 + k, 20 - k), np.uint8); mask[2:8, 3:9] = 1 + 3 * k; masks[name] = mask
+        Image.fromarray(np.full((*mask.shape, 3), 20 * k, np.uint8)).save((voc/'JPEGImages').mkdir(parents=True, exist_ok=True) or voc/'JPEGImages'/f'{name}.jpg')
+        formats_write.write_xml(voc/'Annotations'/f'{name}.xml', mask.shape, [formats_write.VOC_CLASSES[3 * k]], [[3, 2, 9, 8]])
+    write_sbd(sbd, 'bcd', 'ef', {n: masks[n] for n in 'bcdef'})
+    for name in 'abc': masks[name] = masks[name].copy(); masks[name][1, 3:9] = 255; write_mask(voc/'SegmentationClass'/f'{name}.png', masks[name])
+    for name, ids in dict(train='ba', val='c').items(): formats_write.write_lines(voc/'ImageSets'/'Segmentation'/f'{name}.txt', ids)
+    return voc, sbd, masks
+
+
+def test_train_aug_is_voc_train_and_sbd_without_voc_val(voc_sbd, tmp_path, capsys):
+    "Ids in order, masks of VOC before those of SBD, plain grey; the set is sound afterwards; from any usual parent; the command says so."
+    voc, sbd, masks = voc_sbd
+    assert cli_data.data_train_aug(SimpleNamespace(voc=tmp_path, sbd=tmp_path), []) == 0; out = capsys.readouterr().out
+    assert 'VOC: train 2, val 1; SBD: train 3, val 2, together 5, of which 1 are in VOC val and left out, 1 in VOC train already' in out and '5 to write' in out and 'are complete' in out
+    assert (voc/'ImageSets'/'Segmentation'/'train_aug.txt').read_text() == 'a\nb\nd\ne\nf\n'
+    assert sorted(p.name for p in (voc/'SegmentationClassAug').iterdir()) == [f'{n}.png' for n in 'abdef']
+    for name in 'abdef':
+        with Image.open(voc/'SegmentationClassAug'/f'{name}.png') as im: assert im.mode == 'L' and np.array_equal(np.asarray(im), masks[name])
+    data = open_set(voc, 'voc'); assert check(voc, 'voc') == []
+    for s in data.split('train_aug', ('image', 'label', 'mask')): assert np.array_equal(s['mask'], masks[s['id']]) and s['label'].nonzero().flatten().tolist() == [int(masks[s['id']][2, 3]) - 1]
+
+
+def test_train_aug_goes_on_where_it_stopped(voc_sbd, monkeypatch):
+    "An interruption leaves whole masks and no list; the next call writes the rest, the one after that nothing."
+    voc, sbd, masks = voc_sbd; file, write, done = voc/'ImageSets'/'Segmentation'/'train_aug.txt', formats_write.write_mask, []
+    def interrupted(path, *rest, **named):
+        if len(done) == 2: raise KeyboardInterrupt
+        done.append(path); return write(path, *rest, **named)
+    monkeypatch.setattr(formats_write, 'write_mask', interrupted)
+    with pytest.raises(KeyboardInterrupt): build_train_aug(voc, sbd, str)
+    assert not file.exists() and sorted((voc/'SegmentationClassAug').iterdir()) == sorted(done)
+    monkeypatch.undo(); stamps = {p: p.stat().st_mtime_ns for p in done}
+    for left in (3, 0):
+        said = []; assert build_train_aug(voc, sbd, said.append) == file and f'{5 - left} masks are there, {left} to write' in said[-1]
+    assert {p: p.stat().st_mtime_ns for p in done} == stamps and read_list(file) == list('abdef')
+
+
+def test_a_list_in_the_other_dialect_is_kept(voc_sbd):
+    "Two paths a line, another order: the same set, so the file stays as it is, and its masks are made."
+    voc, sbd, _ = voc_sbd; file = voc/'ImageSets'/'Segmentation'/'train_aug.txt'
+    file.write_text(text := ''.join(f'/JPEGImages/{n}.jpg /SegmentationClassAug/{n}.png\n' for n in 'fedba'))
+    build_train_aug(voc, sbd, str); assert file.read_text() == text and len(list((voc/'SegmentationClassAug').iterdir())) == 5
+
+
+def test_another_number_of_images_is_said_loudly(voc_sbd, monkeypatch):
+    "With the twenty classes any number but the published one is a warning with both; classes of one's own are not measured by it."
+    voc, sbd, _ = voc_sbd
+    def warnings(): said = []; build_train_aug(voc, sbd, said.append); return [s for s in said if 'WARNING' in s]
+    found, = warnings(); assert '5 images' in found and str(TRAIN_AUG) in found
+    monkeypatch.setattr(formats_write, 'TRAIN_AUG', 5); assert warnings() == []
+    monkeypatch.undo(); (voc/'classes.txt').write_text('\n'.join(formats_write.VOC_CLASSES)); assert warnings() == []
+
+
+SBD_FAULTS = dict(
+    overlap=(lambda voc, sbd: formats_write.write_lines(voc/'ImageSets'/'Segmentation'/'val.txt', 'cb'), r'1 images in train.txt and in val.txt \(b\)'),
+    no_list=(lambda voc, sbd: (voc/'ImageSets'/'Segmentation'/'val.txt').unlink(), 'no .*val.txt'), no_ids=(lambda voc, sbd: (voc/'ImageSets'/'Segmentation'/'val.txt').write_text('\n'), '0 in val.txt'),
+    no_sbd=(lambda voc, sbd: (sbd/'val.txt').unlink(), 'without SBD'), no_voc=(lambda voc, sbd: shutil.rmtree(voc/'JPEGImages'), 'without a set in the voc layout'),
+    image=(lambda voc, sbd: (voc/'JPEGImages'/'e.jpg').unlink(), r'1 of 5 files missing in .*JPEGImages \(e\)'), mask=(lambda voc, sbd: (sbd/'cls'/'e.mat').unlink(), r'1 of 5 files missing in .*cls \(e\)'),
+    cut=(lambda voc, sbd: (sbd/'cls'/'e.mat').write_bytes((sbd/'cls'/'e.mat').read_bytes()[:150]), 'e.mat, which cannot be read'),
+    text=(lambda voc, sbd: (sbd/'cls'/'e.mat').write_text('<html>'), 'e.mat, which cannot be read'), other=(lambda voc, sbd: savemat(sbd/'cls'/'e.mat', dict(GTinst=1)), r'e.mat, which cannot be read \(KeyError\)'),
+    colours=(lambda voc, sbd: savemat(sbd/'cls'/'e.mat', dict(GTcls=dict(Segmentation=np.zeros((4, 4, 3), np.uint8)))), 'e.mat with uint8 values of shape'),
+    range=(lambda voc, sbd: savemat(sbd/'cls'/'e.mat', dict(GTcls=dict(Segmentation=np.full((16, 16), 21, np.uint8)))), r'e.mat with label values \[21\]'),
+    size=(lambda voc, sbd: savemat(sbd/'cls'/'e.mat', dict(GTcls=dict(Segmentation=np.ones((4, 4), np.uint8)))), r'a mask \(4, 4\) for e'),
+    colour=(lambda voc, sbd: as_colour(voc/'SegmentationClass'/'a.png'), 'colours, not class ids'),
+    there=(lambda voc, sbd: write_mask(voc/'SegmentationClassAug'/'d.png', np.zeros((15, 17), np.uint8), palette=False), r'1 masks in .* that differ .*\(d\)'),
+    listed=(lambda voc, sbd: (voc/'ImageSets'/'Segmentation'/'train_aug.txt').write_text('a\nb\nc\n'), '3 ids, 4 of them different')) # Fault -> (planting it, words)
+
+
+@pytest.mark.parametrize('fault', SBD_FAULTS)
+def test_train_aug_stops_at_what_is_missing_or_broken(voc_sbd, fault):
+    "Every fault has its message with a cure; no list is written, and what was there stays."
+    voc, sbd, _ = voc_sbd; plant, words = SBD_FAULTS[fault]; plant(voc, sbd); files = {p: p.read_bytes() for p in voc.rglob('*.*') if p.is_file()}
+    with pytest.raises(BadInput, match=words) as e: build_train_aug(voc, sbd, str)
+    assert len(e.value.cure) > 10 and e.value.expected and {p: p.read_bytes() for p in files} == files
+    assert (voc/'ImageSets'/'Segmentation'/'train_aug.txt').exists() == (fault == 'listed')
+
+
+@pytest.mark.data
+@pytest.mark.parametrize('form', ('irn_psa', 'transformer_wsss'))
+def test_train_aug_equals_the_published_list(data_root, tmp_path, form):
+    "From the published train and val, and an SBD of the other images with some of val and train mixed in: number, order and ids of the published list, in either dialect."
+    folder = data_root/'voc_lists'/form
+    if not folder.is_dir(): pytest.skip('no voc_lists in WSL_NB_DATA')
+    lists = tmp_path/'ImageSets'/'Segmentation'; lists.mkdir(parents=True)
+    for name in ('train', 'val'): shutil.copyfile(folder/f'{name}.txt', lists/f'{name}.txt')
+    train, val, published = (read_list(folder/f'{k}.txt') for k in ('train', 'val', 'train_aug'))
+    assert len(published) == TRAIN_AUG and published == sorted(published) and set(train) < set(published) and not set(val) & set(published)
+    rest = sorted(set(published) - set(train)) + train[::3] + val[::2]; rest = [rest[i] for i in np.random.default_rng(0).permutation(len(rest))]
+    write_sbd(tmp_path/'sbd', rest[:6000], rest[5900:], {})
+    said = []; assert train_aug_ids(tmp_path, tmp_path/'sbd', said.append) == published
+    assert f'together {len(rest)}, of which {len(val[::2])} are in VOC val and left out, {len(train[::3])} in VOC train already' in said[0]
