@@ -176,3 +176,15 @@ def test_a_set_without_masks_gives_tags_alone(tiny):
     found = more_recipe.evaluate(model, blind, replace(MORE_TINY, crop=64))
     assert [r.metric for r in found] == ['tags F1'] and 0 <= found[0].value <= 1
     assert found[0].value == next(r.value for r in more_recipe.evaluate(model, split, replace(MORE_TINY, crop=64)) if r.metric == 'tags F1')
+
+
+@pytest.mark.parametrize('asked, scored, split', [(2, 2, 'val[:2]'), (99, 3, 'val'), (0, 3, 'val')])
+def test_scores_during_training_take_at_most_the_images_asked_for(tmp_path, asked, scored, split):
+    cfg = replace(MORE_TINY, steps=1, eval_images=asked, evaluate_every=1)
+    result = more_recipe.train(cfg, embedded('wsss', size=cfg.crop, train=16, val=3, test=0), tmp_path/'run')
+    assert {(r['images'], r['split']) for r in result['records']} == {(scored, split)}
+
+
+def test_an_unknown_validation_split_is_refused_before_training(tmp_path):
+    with pytest.raises(BadInput, match='dev'): more_recipe.train(replace(MORE_TINY, eval_split='dev'), embedded('wsss', size=MORE_TINY.crop, train=16, val=3, test=0), tmp_path/'run')
+    assert not (tmp_path/'run').exists()

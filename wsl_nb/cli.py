@@ -14,7 +14,7 @@ import argparse, dataclasses, importlib, importlib.util, inspect, json, os, pkgu
 from pathlib import Path
 from types import SimpleNamespace
 
-from .cli_data import data_check, data_fetch, data_list, data_make, run_doctor
+from .cli_data import data_check, data_fetch, data_list, data_make, data_train_aug, run_doctor
 
 # %% ../nbs/17_cli.ipynb #abbb4537
 METHODS = ('more', 'cdtr', 'affinity', 'surgery', 'fsgr') # The five of the book, in reading order
@@ -268,7 +268,9 @@ def run_eval(
     module = method(args.method); cfg, checkpoint = trained(module, args.run, args.checkpoint)
     chosen = protocols_of(module, args.protocol)
     require(args.num_images is None or args.num_images > 0, f'--num-images {args.num_images}', '1 or more', 'leave it out for all images')
-    data = open_data(cfg, args.data); split = data.split(args.split or getattr(cfg, 'eval_split', '') or 'val').first(args.num_images or 0)
+    data = open_data(dataclasses.replace(cfg, layout=args.layout) if args.layout else cfg, args.data); known = Path(args.run)/'classes.json'
+    require(not known.is_file() or json.loads(known.read_text()) == list(data.classes), f'classes {list(data.classes)[:6]} in the data', f'those of the run in their order, see {known}', 'name the right data, or give the set a classes.txt with that order')
+    split = data.split(args.split or getattr(cfg, 'eval_split', '') or 'val').first(args.num_images or 0)
     label = split.name if split.subset is None else f'{split.name}_{split.subset}'
     file = Path(args.out or Path(args.run)/f'eval_{"_".join([label, *([args.protocol] if args.protocol else [])])}.json')
     require(args.overwrite or not file.exists(), f'{file}, which exists', 'a new file', 'say --overwrite, or another --out')
@@ -383,9 +385,11 @@ def run_predict(
     "`wsl-nb predict METHOD`: maps, label maps and a page for own images."
     from wsl_nb.core import read_image, write_mask
     from wsl_nb.viz import draw_labels, draw_maps, report_html, save_figure, shrink
-    files = own_images(args.images); images = [read_image(f, exif=True) for f in files]
+    files = own_images(args.images)
+    for file in files: read_image(file, exif=True) # all of them can be read before anything is written
     module, cfg, model, names = predictor(args); out, sections = fresh(args.out, args.overwrite), []
-    for i, (file, image) in enumerate(zip(files, images)):
+    for i, file in enumerate(files):
+        image = read_image(file, exif=True)
         found, stem = module.predict(model, [image], cfg)[0], f'{i:03d}_{file.stem}'
         kinds = [k for k in ('labels', 'decoder') if k in found]
         best = sorted(range(len(names)), key=lambda c: -float(found['scores'][c]))[:4]
@@ -401,13 +405,14 @@ COMMANDS = {
     'demo': ('small recipe on embedded data: table, pictures, report.html', run_demo, 'method? --out --seeds --overwrite'),
     'lab': ('JupyterLab on the first lesson', run_lab, ''),
     'train': ('train a method; every field of its recipe is a flag', run_train, 'method --preset --data --out --resume --config'),
-    'eval': ('scores of a run', run_eval, 'method --run! --checkpoint --data --split --num-images --protocol --processes --out --overwrite'),
+    'eval': ('scores of a run', run_eval, 'method --run! --checkpoint --data --layout? --split --num-images --protocol --processes --out --overwrite'),
     'predict': ('maps and label maps of own images', run_predict, 'method --run --weights --preset --config --checkpoint --classes --out! --overwrite images'),
     'replay': ('repeat the update that was not finite', run_replay, 'folder'),
     'results': ('table of recorded results', run_results, 'results? --like'),
     'doctor': ('versions, device and folders; with a method, what its recipe costs here', run_doctor, 'recipe? --preset --batch'),
     'data list': ('what can be drawn, read, written and fetched', data_list, ''),
     'data fetch': ('download a data set, verified and resumable', data_fetch, 'name --out! --mirror'),
+    'data train-aug': ('list and masks of VOC train_aug, from VOC and SBD', data_train_aug, 'voc sbd'),
     'data make': ('write embedded data as files', data_make, 'name --layout --out! --seed --size --train --val --test --overwrite'),
     'data check': ('find what is missing, surplus or broken', data_check, 'layout folder'),
     'assets make': ('train a shipped small model', run_assets, 'name'),
@@ -417,7 +422,7 @@ COMMANDS = {
 OPTIONS = {
     'method': dict(help=f'one of {", ".join(METHODS)}'), 'method?': dict(nargs='?', default='more', help='a method, or all (more)'),
     'folder': dict(help='the folder'), 'results?': dict(nargs='?', default='results', help='the folder (results)', metavar='DIR'),
-    'recipe?': dict(nargs='?', help='a method whose recipe is timed', metavar='METHOD'), 'name': dict(help='which one'), 'layout': dict(help='voc, coco, folder, …; see data list'), 'images': dict(nargs='+', help='image files, or a folder', metavar='IMAGE'),
+    'recipe?': dict(nargs='?', help='a method whose recipe is timed', metavar='METHOD'), 'name': dict(help='which one'), 'voc': dict(help='folder with VOC 2012'), 'sbd': dict(help='folder with SBD'), 'layout': dict(help='voc, coco, folder, …; see data list'), 'images': dict(nargs='+', help='image files, or a folder', metavar='IMAGE'),
     '--out': dict(help='where to write'), '--overwrite': dict(action='store_true', help='replace what an earlier command wrote there'),
     '--seeds': dict(default='0', help='one or more, with commas; several give a mean with its spread (0)'),
     '--preset': dict(default='LAPTOP', help='recipe by name (LAPTOP)'), '--data': dict(help='folder of the data; without it, data are drawn'),
@@ -428,7 +433,7 @@ OPTIONS = {
     '--batch': dict(type=int, help='images an update; without it those of the recipe'), '--mirror': dict(help='base address or local folder to take the files from; their checksums stay the official ones'),
     '--like': dict(default='', help='only rows whose method, recipe, data or metric contains this text'),
     '--weights': dict(help='weight file instead of a run'), '--classes': dict(help='names, with commas, in the order of training'),
-    '--layout': dict(default='voc', help='layout to write, see data list (voc)'),
+    '--layout?': dict(help='layout of --data, where it is not the one of the recipe'), '--layout': dict(default='voc', help='layout to write, see data list (voc)'),
     '--seed': dict(type=int, default=0, help='(0)'), '--size': dict(type=int, default=96, help='side in pixels (96)'),
     '--train': dict(type=int, default=4000, help='images (4000)'), '--val': dict(type=int, default=400, help='images (400)'), '--test': dict(type=int, default=400, help='images (400)'),
 } # What each option is

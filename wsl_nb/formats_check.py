@@ -60,6 +60,8 @@ CURES |= dict(
     id_twice=('surplus', 'image id or file name listed twice', 'remove the repeated records'),
     layout=('missing', 'no set found', 'give the right folder'),
     unread=('surplus', 'file that is not read', 'list it in the CSV, put it into a class folder, or convert it to JPEG or PNG; else remove it'),
+    photo=('missing', 'image missing', 'restore the file, or remove its line from the CSV'),
+    photo_broken=('broken', 'image truncated or not decodable', 'save the photograph again as JPEG or PNG, or move it away'),
     hollow=('missing', 'class folder without an image', 'put photographs there, or remove the folder'),
 ) # Those of COCO and of folders
 
@@ -88,11 +90,13 @@ def image_size(
     path: Path, # Image file
     faults: Faults, # Takes what is wrong
     place: str, # Folder name for the finding
+    missing: str = 'image', # Fault of a file that is not there
+    broken: str = 'jpeg', # Fault of one that cannot be decoded
 ) -> tuple | None: # (H,W), None if it cannot be decoded
     "Size of an image after decoding all of it."
-    if not path.exists(): return faults.add('image', place, path.name)
+    if not path.exists(): return faults.add(missing, place, path.name)
     try: return read_image(path).shape[:2]
-    except BadInput: return faults.add('jpeg', place, path.name)
+    except BadInput: return faults.add(broken, place, path.name)
 
 # %% ../nbs/18a_formats_check.ipynb #207305e3
 def check_mask(
@@ -246,7 +250,7 @@ def check_folder(
     except BadInput as e: return [Finding('broken', f'{e.got} (expected {e.expected})', e.cure)]
     faults, named = Faults(), {path for _, path, _ in rows}
     inner = lambda path: path.relative_to(root).as_posix()
-    for path in sorted(named): image_size(path, faults, inner(path.parent))
+    for path in sorted(named): image_size(path, faults, inner(path.parent), 'photo', 'photo_broken')
     todo = [root]
     while todo:
         folder = todo.pop(); files, below = visible(folder, 'file'), visible(folder, 'folder')

@@ -167,12 +167,12 @@ def train(
     model = MoRe(cfg, len(data.classes))
     if cfg.init and not resume: start_from(model, read_weights(cfg.init))
     if not cfg.init and cfg.layout != 'embedded': print('no --init: the encoder starts from random weights; the released script starts from an ImageNet ViT-B/16')
-    learnt = 'train' if cfg.layout == 'folder' else cfg.train_split
+    learnt, scored = 'train' if cfg.layout == 'folder' else cfg.train_split, data.split(cfg.eval_split) if cfg.eval_split else ()
     run = Run(cfg, out, resume, model, groups(model, cfg), lr_factor, data.split(learnt, ('image', 'label'), train_transform(cfg)))
     for step, batch in run:
         with run.forward(): terms = losses(run.model, batch, step, cfg)
         run.update(terms, total(terms, run.model, step, cfg), weights(cfg, step))
-        if cfg.eval_split and run.due('evaluate'): run.record(evaluate(run.plain_model, data.split(cfg.eval_split).first(cfg.eval_images), cfg))
+        if cfg.eval_split and run.due('evaluate'): run.record(evaluate(run.plain_model, scored.first(cfg.eval_images if cfg.eval_images < len(scored) else 0), cfg))
     return run.close()
 
 # %% ../nbs/02a_more_recipe.ipynb #3e6ce4a8
