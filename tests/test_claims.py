@@ -32,3 +32,19 @@ def test_more_halves_the_far_mass(three_seeds):
 def test_the_table_keeps_the_cam(three_seeds):
     "CAM, LAM and decoder stand in the same table, for both recipes."
     for records in three_seeds.values(): assert {'CAM mIoU', 'LAM mIoU', 'decoder mIoU', 'LAM confusion ratio', 'CAM far mass'} <= set(records)
+
+
+@pytest.mark.slow
+def test_the_tool_that_makes_results_runs(tmp_path, monkeypatch):
+    "Ablation and protocols on four updates, two seeds; a second call takes the runs up again."
+    import make_results
+    from dataclasses import replace
+    from wsl_nb import more_base
+    from wsl_nb.metrics import read_results
+    monkeypatch.setattr(more_base, 'LAPTOP', replace(more_base.LAPTOP, steps=4, switch=2, seg_from=2, data_train=32, data_eval=3))
+    monkeypatch.setattr(make_results, 'SEEDS', (0, 1)); monkeypatch.setattr(make_results, 'CHANGED', dict(list(make_results.CHANGED.items())[:2]))
+    for kind in ('ablation', 'protocols', 'ablation'):
+        (tmp_path/kind).mkdir(exist_ok=True); getattr(make_results, kind)(tmp_path/'runs', tmp_path/kind)
+    changed, every = (read_results(tmp_path/k/'result.json') for k in ('ablation', 'protocols'))
+    assert {r.preset for r in changed} == {f'LAPTOP, {k}' for k in make_results.CHANGED} and all(r.seeds == (0, 1) for r in changed + every)
+    assert len({r.metric for r in every if r.metric.startswith('mIoU, ')}) == 21

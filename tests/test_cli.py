@@ -66,11 +66,13 @@ def test_flags_over_file_over_preset(tmp_path):
     (['train', 'toy', '--data', '.', '--out', 'x'], 'embedded'), (['train', 'toy', '--config', 'none.yaml', '--out', 'x'], 'none.yaml'), (['train', 'toy', '--precision', 'fp16', '--out', 'x'], 'fp16'),
     (['eval', 'toy', '--run', 'nowhere'], 'config.yaml'), (['predict', 'toy', '--run', 'nowhere', '--out', 'y', 'none.png'], 'none.png'), (['predict', 'toy', '--out', 'y'], 'IMAGE'),
     (['replay', 'nowhere'], 'facts.json'), (['data', 'check', 'voc', 'nowhere'], 'nowhere'), (['demo', 'toy', '--outt', 'x'], '--outt'), (['fly'], 'fly'), ([], 'COMMAND'),
-    (['assets', 'make'], 'name'), (['eval', 'toy', '--run', 'RUN', '--protocol', 'cam2seg'], 'this method has one'), (['eval', 'toy', '--run', 'RUN', '--num-images', '0'], '1 or more'),
+    (['assets', 'make'], 'name'), (['eval', 'toy', '--run', 'RUN', '--protocol', 'cam2seg'], 'this method has one'), (['eval', 'toy', '--run', 'RUN', '--num-images', '0'], '1 or more'), (['eval', 'toy', '--run', 'RUN', '--processes', '-1'], '0 or more'), (['eval', 'toy', '--run', 'RUN', '--processes', '2'], 'without --protocol'),
+    (['data', 'check', 'cub', '.'], 'does not read it yet'), (['predict', 'toy', '--run', 'RUN', '--classes', 'a,b', '--out', 'y', 'IMAGE'], '--classes with 2 names'),
     (['data', 'fetch', 'nothing', '--out', 'x'], 'pet'), (['data', 'fetch', 'cub', '--out', 'x'], 'by hand'), (['data', 'fetch', 'pet'], '--out'), (['doctor', 'toy'], 'step_cost'), (['doctor', 'nothing'], 'one of')])
 def test_bad_input_ends_with_2(words, says, run, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, text = refused(capsys, *(str(run) if w == 'RUN' else w for w in words))
+    write_image(tmp_path/'image.png', np.zeros((20, 20, 3), np.uint8))
+    code, text = refused(capsys, *(dict(RUN=run, IMAGE=tmp_path/'image.png').get(w, w) for w in words))
     assert code == 2 and says in text
 
 
@@ -100,7 +102,7 @@ def test_eval_writes_complete_records_once(run, capsys):
     from wsl_nb.metrics import read_results
     assert cli.main(['eval', 'toy', '--run', str(run)]) == 0
     record, = read_results(run / 'eval_val.json')
-    assert record.images == 6 and record.run == 'toy'
+    assert record.images == 6 and record.run == 'toy/step_000004, best on val'
     code, text = refused(capsys, 'eval', 'toy', '--run', run)
     assert code == 2 and '--overwrite' in text
     assert cli.main(['eval', 'toy', '--run', str(run), '--num-images', '2']) == 0
@@ -176,6 +178,33 @@ def test_eval_refuses_data_whose_classes_are_not_those_of_the_run(run, tmp_path,
     names = json.loads((other/'classes.json').read_text()); (other/'classes.json').write_text(json.dumps(names[::-1]))
     code, text = refused(capsys, 'eval', 'toy', '--run', other, '--out', tmp_path/'scores.json')
     assert code == 2 and 'those of the run in their order' in text and not (tmp_path/'scores.json').exists()
+
+
+@pytest.mark.parametrize('words', [['data', 'make', 'typo', '--out', 'kept', '--overwrite'], ['data', 'make', 'wsss', '--layout', 'cub', '--train', '4', '--val', '2', '--test', '0', '--out', 'kept', '--overwrite'],
+                                   ['data', 'make', 'small', '--layout', 'typo', '--train', '2', '--val', '1', '--test', '0', '--out', 'kept', '--overwrite'], ['demo', 'toy', '--seeds', 'x', '--out', 'kept', '--overwrite']])
+def test_a_command_that_is_refused_deletes_nothing(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path); monkeypatch.setenv('WSL_NB_CACHE', str(tmp_path/'cache'))
+    (tmp_path/'kept').mkdir(); (tmp_path/'kept'/'.wsl-nb').touch(); (tmp_path/'kept'/'result.json').write_text('[]')
+    assert refused(capsys, *words)[0] == 2
+    assert sorted(p.name for p in (tmp_path/'kept').iterdir()) == ['.wsl-nb', 'result.json'] and [p.name for p in tmp_path.iterdir() if p.name.startswith('.')] == []
+
+
+def test_data_make_replaces_only_what_it_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path); monkeypatch.setenv('WSL_NB_CACHE', str(tmp_path/'cache'))
+    make = ['data', 'make', 'small', '--layout', 'coco', '--size', '32', '--train', '2', '--val', '1', '--test', '0', '--out', 'set']
+    assert cli.main(make) == 0 and refused(capsys, *make)[0] == 2
+    (tmp_path/'set'/'mine.txt').touch(); assert cli.main([*make, '--overwrite']) == 0 and not (tmp_path/'set'/'mine.txt').exists()
+    (tmp_path/'set'/'.wsl-nb').unlink(); code, text = refused(capsys, *make, '--overwrite')
+    assert code == 2 and 'did not make' in text and (tmp_path/'set'/'annotations').is_dir()
+
+
+def test_results_are_found_in_evaluations_too(run, tmp_path, capsys):
+    other = shutil.copytree(run, tmp_path/'runs'/'toy')
+    for file in other.glob('eval_*'): file.unlink()
+    assert cli.main(['eval', 'toy', '--run', str(other), '--num-images', '2']) == 0 and cli.main(['eval', 'toy', '--run', str(other)]) == 0
+    capsys.readouterr(); assert cli.main(['results', str(tmp_path/'runs'), '--like', 'Best On Val']) == 0
+    text = capsys.readouterr().out; assert '| score (share) |' in text and '[:2]' not in text
+    assert cli.main(['results', str(tmp_path/'runs'), '--like', 'nothing of it']) == 0 and 'no recorded result' in capsys.readouterr().out
 
 
 def test_train_aug_needs_both_folders(tmp_path, capsys):

@@ -5,16 +5,19 @@ from dataclasses import asdict, fields, replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 
 from training_child import MORE_TINY
 from wsl_nb import more, more_base, more_numbers, more_protocols, more_recipe, more_weights
 from wsl_nb.core import BadInput, normalise, seed_everything
+from wsl_nb.crf import CRF_PARAMS
 from wsl_nb.data import embedded
 from wsl_nb.metrics import ledger
 from wsl_nb.more_base import CHANGES, COCO, COCO_OFFICIAL, VOC, VOC_OFFICIAL
 from wsl_nb.training_config import lr_factor
 
+SUMS = dict(pseudo=[1057.2, 1456.9], segmentation=[1350.6, 1351.1, 720.7], ablation=[401.9, 385.8, 329.5], confusion=[516.15, 532.93, 598.85], cost=[4504.0, 99.9], log=[669.0, 645.4, 621.1, 656.3, 605.5, 8.853], losses=[1.047, 11.738, 8.373, 1.543, 88.51, 4.129, 9.859])
 OFFICIAL = dict(VOC=VOC_OFFICIAL, COCO=COCO_OFFICIAL)
 
 
@@ -43,7 +46,7 @@ def test_official_rates_of_the_groups():
     ('VOC', dict(batch=4, warmup=1500, power=.9, optimizer='adamw', betas=(.9, .999), switch=10000, cre_early=(.25, .5), ure_early=(.25, .7), late=(.35, .6), affinity=(.25, .7), refine=(.25, .7), background=.5, cre_tau=.5,
                  scales=(1., .5, .75, 1.5), crop=448, crop_mode='resized', crop_area=(.32, 1.), jitter=.5, evaluate_every=2000, clip=0., ema=0., precision='fp32')),
     ('COCO', dict(batch=2, warmup=1500, power=.9, optimizer='adamw', betas=(.9, .999), switch=50000, cre_early=(.25, .5), ure_early=(.25, .65), late=(.35, .6), affinity=(.25, .65), refine=(.25, .65), background=.45, cre_tau=.1,
-                  scales=(1., .5, .75, 1.25, 1.5), crop=448, crop_mode='padded', crop_area=(.32, 1.), jitter=.8, evaluate_every=4000, clip=0., ema=0., precision='fp32'))])
+                  scales=(1., .5, .75, 1.25, 1.5), crop=448, crop_mode='padded', crop_area=(.32, 1.), jitter=.8, clip=0., ema=0., precision='fp32'))])
 def test_official_values(name, want):
     assert {k: getattr(OFFICIAL[name], k) for k in want} == want
 
@@ -72,6 +75,10 @@ def test_padding_gets_no_label():
     assert {k for k in a if a[k] != b[k]} >= {'ptc', 'seg'} and all(v.isfinite() for v in b.values())
     a, b = (more.losses(model, dict(data, image=whole), 9, replace(cfg, padding=p)) for p in ('image', 'ignored'))
     assert all(a[k] == b[k] for k in a), 'without padding nothing changes'
+    uncertain = torch.full((2, 20, 20), 255, dtype=torch.uint8); uncertain[:, 6:14, 4:9] = 1
+    bordered = more_base.mark_padding(uncertain, F.pad(torch.ones(2, 3, 160, 80), (0, 80)), 0)
+    everywhere, inside = (more.uncertain_candidates(m)[0].nonzero()[:, 2] + 3 for m in (uncertain, bordered))
+    assert everywhere.max() >= 10 and inside.numel() and inside.max() < 10, 'no uncertain patch is taken in the border'
 
 
 # --- published numbers and costs -----------------------------------------------------------------------------------
@@ -82,6 +89,18 @@ def test_published_numbers_are_records_with_a_source_and_never_ours():
         assert r.kind in ('paper', 'official log', 'earlier report') and r.source or r.kind == 'not run' and r.value.startswith('wsl-nb')
     said = {(r.split, r.kind): r.value for r in more_numbers.HEADLINE if r.metric == 'headline mIoU'}
     assert said['val', 'paper'] == said['val', 'earlier report'] == 76.4 and said['test', 'paper'] == 75.
+
+
+def test_published_tables_have_the_sums_of_the_specification():
+    "Sums of columns, added up from the text of the specification: a slip of one digit shows."
+    total = lambda records, **where: round(sum(r.value for r in records if all(getattr(r, k) == v for k, v in where.items())), 3)
+    N = more_numbers
+    assert [total(N.PSEUDO_LABELS, metric=m) for m in ('pseudo label mIoU', 'pseudo label mIoU after CRF')] == SUMS['pseudo']
+    assert [total(N.SEGMENTATION, dataset=d, split=s) for d, s in (('VOC 2012', 'val'), ('VOC 2012', 'test'), ('COCO 2014', 'val'))] == SUMS['segmentation']
+    assert [total(N.ABLATION, metric=m) for m in ('precision', 'recall', 'mIoU')] == SUMS['ablation']
+    assert [total(N.CONFUSION, method=m) for m in ('ToCo', 'DuPL', 'MoRe')] == SUMS['confusion'] and [total(N.COST, unit=u) for u in ('minutes', 'GB')] == SUMS['cost']
+    assert [total([r for rows in N.LOG_SCORES.values() for r in rows], metric=m) for m in dict.fromkeys(r.metric for r in N.LOG_SCORES[2000])] == SUMS['log']
+    assert [round(sum(r[k] for r in N.LOG_LOSSES), 3) for k in ('cls', 'aux', 'mct', 'ptc', 'cre', 'ure', 'seg')] == SUMS['losses']
 
 
 def test_the_committed_costs_are_of_this_schedule(root):
@@ -151,10 +170,51 @@ def test_every_switch_changes_the_labels_and_processes_do_not(tiny):
     assert all(torch.equal(torch.stack(found[k]), torch.stack(again[k])) for k in grid)
 
 
+def test_protocols_are_those_of_the_specification():
+    "Section 6: squares of 1, 1.25, 1.5; seven scales; five patches, four in the test script; CRF of ten iterations."
+    P, seven = more_protocols.PROTOCOLS, (1., .5, .75, 1.25, 1.5, 1.75, 2.)
+    assert {k: (p.map, p.tags, p.scales, p.crf, p.tag_patches) for k, p in P.items()} == dict(decoder=('decoder', 'none', (1., 1.25, 1.5), True, 5), pseudo_lam=('lam', 'true', seven, True, 5),
+        pseudo_cam=('cam', 'true', seven, True, 5), cam2seg=('lam', 'classifier', seven, True, 5), cam2seg_cam=('cam', 'classifier', seven, True, 5), cam2seg_test=('lam', 'decoder', seven, True, 4))
+    assert vars(CRF_PARAMS) == dict(iterations=10, gaussian_sxy=1, gaussian_compat=3, bilateral_sxy=67, bilateral_srgb=3, bilateral_compat=4)
+
+
+def test_decoder_scales_are_joined_by_the_maximum_of_mirror_sums():
+    class Told:
+        "Says for each side what its decoder gives: one value a class, another for the mirror."
+        def __init__(self): self.classifier = torch.nn.Conv2d(2, 2, 1, bias=False)
+        def __call__(self, pair):
+            told = {8: ([1., 5., 0.], [2., 0., 0.]), 12: ([0., 0., 9.], [0., 3., 1.])}[pair.shape[-1]]
+            seg = torch.tensor(told)[:, :, None, None].expand(-1, -1, 2, 2)
+            return more.Outputs(torch.zeros(2, 2), None, torch.zeros(2, 2, 2, 2), None, None, torch.zeros(2, 2, 2), seg)
+    views = more_protocols.Views(Told(), torch.zeros(1, 3, 8, 8))
+    assert torch.allclose(views.decoder((1., 1.5), (5, 7)), torch.tensor([3., 5., 10.])[:, None, None].expand(-1, 5, 7)), 'max(1+2, 0+0), max(5+0, 0+3), max(0+0, 9+1)'
+
+
+def test_protocol_scores_are_those_of_the_labels(tiny):
+    "Against sums over the yielded label maps."
+    model, split = tiny; cfg = replace(MORE_TINY, crop=64); chosen = {k: more_protocols.every_switch()[k] for k in ('lam, 1 scale, classifier tags, no CRF', 'decoder, 1 scale, none tags, no CRF')}
+    hit, union, f1 = {}, {}, {}
+    for name, best, mask, tags, label in more_protocols.label_maps(model, split, cfg, chosen):
+        for c in range(9):
+            a, b = best == c, mask == c
+            hit[name, c] = hit.get((name, c), 0) + (a & b).sum().item(); union[name, c] = union.get((name, c), 0) + (a | b)[mask != 255].sum().item()
+        f1[name] = f1.get(name, 0) + 2 * (tags * label).sum().item() / (tags.sum() + label.sum()).item() / len(split)
+    present = {int(c) for i in range(len(split)) for c in split[i]['mask'].unique()} - {255}
+    for name, rows in more_protocols.evaluate_protocols(model, split, cfg, chosen, say=None).items():
+        value = {r.metric.split(',')[0]: r.value for r in rows}
+        assert value['mIoU'] == pytest.approx(100 * np.mean([hit[name, c] / union[name, c] for c in present]))
+        if 'tags' in name and 'none' not in name: assert value['tags F1'] == pytest.approx(f1[name])
+
+
+def test_protocols_need_masks(tiny):
+    model, split = tiny; blind = split.first(0); blind.source = type('Blind', (), dict(fields=('image', 'label')))()
+    with pytest.raises(BadInput, match='leave --protocol out'): more_protocols.evaluate_protocols(model, blind, replace(MORE_TINY, crop=64))
+
+
 def test_protocol_records_say_how_they_were_made(tiny):
     model, split = tiny
     found = more_protocols.evaluate_protocols(model, split.first(2), replace(MORE_TINY, crop=64), say=None)
-    assert list(found) == ['decoder', 'pseudo_lam', 'pseudo_cam', 'cam2seg', 'cam2seg_test']
+    assert list(found) == ['decoder', 'pseudo_lam', 'pseudo_cam', 'cam2seg', 'cam2seg_cam', 'cam2seg_test']
     for name, rows in found.items():
         p = rows[0].protocol
         assert p['tags'] == 'true' if name.startswith('pseudo') else p['tags'] != 'true'
@@ -183,6 +243,22 @@ def test_scores_during_training_take_at_most_the_images_asked_for(tmp_path, aske
     cfg = replace(MORE_TINY, steps=1, eval_images=asked, evaluate_every=1)
     result = more_recipe.train(cfg, embedded('wsss', size=cfg.crop, train=16, val=3, test=0), tmp_path/'run')
     assert {(r['images'], r['split']) for r in result['records']} == {(scored, split)}
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_still_starts_from_its_weights(tmp_path):
+    "Killed at once, then resumed: the same as never interrupted."
+    from safetensors.torch import save_file
+    from wsl_nb.training_checkpoint import as_plain, checkpoint, read_part, write_part
+    seed_everything('init'); data = embedded('wsss', size=MORE_TINY.crop, train=16, val=2, test=0)
+    save_file(more.MoRe(MORE_TINY, 8).state_dict(), tmp_path/'start.safetensors')
+    cfg = replace(MORE_TINY, steps=2, init=str(tmp_path/'start.safetensors'), evaluate_every=0, eval_split='')
+    more_recipe.train(cfg, data, tmp_path/'straight')
+    (tmp_path/'killed').mkdir(); write_part(tmp_path/'killed'/'config.yaml', as_plain(cfg))
+    more_recipe.train(cfg, data, tmp_path/'killed', resume=True)
+    a, b = (read_part(checkpoint(tmp_path/d)/'model.safetensors') for d in ('straight', 'killed'))
+    assert all(torch.equal(v, b[k]) for k, v in a.items()) and json.loads((tmp_path/'killed'/'init.json').read_text())['file'] == 'start.safetensors'
+    more_recipe.train(replace(cfg, init=''), data, tmp_path/'noise')
+    assert not torch.equal(read_part(checkpoint(tmp_path/'noise')/'model.safetensors')['classifier.weight'], a['classifier.weight'])
 
 
 def test_an_unknown_validation_split_is_refused_before_training(tmp_path):

@@ -76,7 +76,7 @@ def train(cfg, data, out, resume=False):
 def evaluate(model, split, cfg):
     score = float(np.mean([predict(model, [split[i]['image']], cfg)[0]['scores'].max() for i in range(len(split))]))
     return [record('toy', 'farm', split.name, 'score', score, unit='share', images=len(split), seeds=cfg.seed, preset='LAPTOP', config_hash='0' * 16,
-                   weights_hash='0' * 16, data_hash='0' * 16, seconds=0., cpu_seconds=0.)]
+                   weights_hash='0' * 16, data_hash='0' * 16, subset=getattr(split, 'subset', None), seconds=0., cpu_seconds=0.)]
 
 
 def predict(model, images, cfg):

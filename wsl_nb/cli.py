@@ -6,15 +6,15 @@
 __all__ = ['METHODS', 'COMMANDS', 'OPTIONS', 'methods_present', 'method', 'config_class', 'presets', 'as_flags', 'read_yaml',
            'recipe', 'chosen_recipe', 'embedded_arguments', 'open_data', 'fresh', 'seed_list', 'run_demo', 'clone',
            'run_lab', 'note_classes', 'run_train', 'load_model', 'trained', 'protocols_of', 'run_eval', 'run_replay',
-           'recorded', 'run_results', 'run_assets', 'own_images', 'predictor', 'from_weights', 'run_predict',
-           'add_options', 'build_parser', 'options_help', 'dispatch', 'main']
+           'run_assets', 'own_images', 'predictor', 'from_weights', 'run_predict', 'add_options', 'build_parser',
+           'options_help', 'dispatch', 'main']
 
 # %% ../nbs/17_cli.ipynb #6dd48fc9
 import argparse, dataclasses, importlib, importlib.util, inspect, json, os, pkgutil, shutil, subprocess, sys, traceback
 from pathlib import Path
 from types import SimpleNamespace
 
-from .cli_data import data_check, data_fetch, data_list, data_make, data_train_aug, run_doctor
+from .cli_data import claimable, data_check, data_fetch, data_list, data_make, data_train_aug, run_doctor, run_results
 
 # %% ../nbs/17_cli.ipynb #abbb4537
 METHODS = ('more', 'cdtr', 'affinity', 'surgery', 'fsgr') # The five of the book, in reading order
@@ -127,21 +127,15 @@ def open_data(
     from wsl_nb.formats import open_set
     return open_set(folder, layout)
 
-# %% ../nbs/17_cli.ipynb #5399a833
+# %% ../nbs/17_cli.ipynb #dac51d14
 def fresh(
     folder: str | Path, # Where results shall go
     overwrite: bool = False, # Replace the results of an earlier command
 ) -> Path: # New folder, marked as ours
-    "A folder for results. Raises: `BadInput` if it holds something, unless that is ours and `overwrite` is set."
-    from wsl_nb.core import require
-    folder = Path(folder)
-    require(not folder.exists() or folder.is_dir(), f'{folder}, which is a file', 'a folder', 'choose another --out')
-    used = folder.is_dir() and any(folder.iterdir())
-    if used:
-        require(overwrite, f'{folder}, which is not empty', 'a new or empty folder', 'choose another --out, or say --overwrite')
-        require((folder/'.wsl-nb').exists(), f'--overwrite for {folder}, which wsl-nb did not make', 'a folder of an earlier command', 'choose another --out')
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True); (folder/'.wsl-nb').touch()
+    "An empty folder for results; what was there is gone, so everything else about the command must have been checked. Raises: `BadInput`, see `claimable`."
+    folder = claimable(folder, overwrite)
+    if folder.is_dir(): shutil.rmtree(folder)
+    folder.mkdir(parents=True); (folder/'.wsl-nb').touch()
     return folder
 
 # %% ../nbs/17_cli.ipynb #35f028e0
@@ -161,10 +155,10 @@ def run_demo(
 ) -> int: # Exit code
     "`wsl-nb demo [METHOD|all]`: the small recipe on embedded data, with table, pictures, result.json and report.html."
     names = methods_present() if args.method == 'all' else [args.method]
-    parts = [method(n) for n in names]
+    parts, seeds = [method(n) for n in names], seed_list(args.seeds)
     for module in parts:
         out = fresh(Path(args.out or 'out/demo')/(module.name if args.method == 'all' else ''), args.overwrite)
-        module.demo(out, seed_list(args.seeds)); print(f'wrote {out}')
+        module.demo(out, seeds); print(f'wrote {out}')
     return 0
 
 # %% ../nbs/17_cli.ipynb #9ff99caf
@@ -234,7 +228,7 @@ def trained(
     module, # Namespace from `method`
     run: str | Path, # Run folder
     which: str = 'best', # 'best', 'last' or a number of steps; without any evaluation the last is the best
-): # (config, checkpoint folder)
+): # (config, checkpoint folder, how it was chosen: 'best on SPLIT', 'last' or a number of steps)
     "Recipe and checkpoint of a run. Raises: `BadInput` if one of them is not there."
     from wsl_nb import training_checkpoint as disk
     from wsl_nb.core import require
@@ -242,7 +236,8 @@ def trained(
     require(file.exists(), f'{run} without config.yaml', 'the folder of a run', 'check --run')
     last = disk.checkpoint(run)
     if which == 'best' and not json.loads((last/'progress.json').read_text()).get('best'): which = 'last'
-    return disk.read_config(file, config_class(module)), disk.checkpoint(run, which)
+    cfg = disk.read_config(file, config_class(module))
+    return cfg, disk.checkpoint(run, which), f'best on {getattr(cfg, "eval_split", "val")}' if which == 'best' else which
 
 # %% ../nbs/17_cli.ipynb #d73e23e4
 def protocols_of(
@@ -265,8 +260,9 @@ def run_eval(
     "`wsl-nb eval METHOD --run DIR`: scores of a run, with their protocol, into DIR/eval_<split>.json; `--protocol` chooses how label maps are made."
     from wsl_nb.core import require
     from wsl_nb.metrics import results_table, write_results
-    module = method(args.method); cfg, checkpoint = trained(module, args.run, args.checkpoint)
+    module = method(args.method); cfg, checkpoint, rule = trained(module, args.run, args.checkpoint) # who chose the best has looked at its split
     chosen = protocols_of(module, args.protocol)
+    require(args.processes >= 0 and (chosen or not args.processes), f'--processes {args.processes}' + (' without --protocol' if not chosen else ''), '0 or more, for the dense CRF of --protocol', 'leave it out, or name a protocol')
     require(args.num_images is None or args.num_images > 0, f'--num-images {args.num_images}', '1 or more', 'leave it out for all images')
     data = open_data(dataclasses.replace(cfg, layout=args.layout) if args.layout else cfg, args.data); known = Path(args.run)/'classes.json'
     require(not known.is_file() or json.loads(known.read_text()) == list(data.classes), f'classes {list(data.classes)[:6]} in the data', f'those of the run in their order, see {known}', 'name the right data, or give the set a classes.txt with that order')
@@ -276,7 +272,7 @@ def run_eval(
     require(args.overwrite or not file.exists(), f'{file}, which exists', 'a new file', 'say --overwrite, or another --out')
     model = load_model(module, cfg, len(data.classes), checkpoint)
     results = [r for rows in module.evaluate_protocols(model, split, cfg, chosen, processes=args.processes).values() for r in rows] if chosen else module.evaluate(model, split, cfg)
-    results = [dataclasses.replace(r, split=split.name if split.subset is None else f'{split.name}[:{split.subset}]', run=Path(args.run).resolve().name) for r in results]
+    results = [dataclasses.replace(r, run=f'{Path(args.run).resolve().name}/{checkpoint.name}, {rule}') for r in results]
     write_results(file, results); print(results_table(results)); print(f'wrote {file}')
     return 0
 
@@ -296,30 +292,6 @@ def run_replay(
     for name, value in replay(folder, found[0]).items(): print(f'{name:12} {value:.6g}')
     print('every term is finite'); return 0
 
-# %% ../nbs/17_cli.ipynb #3a4b7574
-def recorded(
-    folder: str | Path, # Searched with all folders below
-) -> list: # `metrics.Result` records
-    "The records in every result.json: of a run, or a bare list."
-    from wsl_nb.metrics import from_row
-    found = []
-    for file in sorted(Path(folder).rglob('result.json')):
-        content = json.loads(file.read_text(encoding='utf-8'))
-        rows = content if isinstance(content, list) else content.get('records') or []
-        found += [from_row(r) for r in rows if 'schema' in r]
-    return found
-
-# %% ../nbs/17_cli.ipynb #0b70a57a
-def run_results(
-    args: argparse.Namespace, # Parsed line
-    flags: list, # Words that argparse did not know
-) -> int: # Exit code
-    "`wsl-nb results [DIR]`: the table of all recorded results."
-    from wsl_nb.metrics import results_table
-    records = [r for r in recorded(args.folder) if args.like.lower() in ' '.join(map(str, (r.method, r.preset, r.dataset, r.split, r.metric, r.kind))).lower()]
-    print(results_table(records) if records else f'no recorded result under {args.folder}' + (f' with "{args.like}"' if args.like else ''))
-    return 0
-
 # %% ../nbs/17_cli.ipynb #e65b8ad0
 def run_assets(
     args: argparse.Namespace, # Parsed line
@@ -337,7 +309,8 @@ def own_images(
 ) -> list: # Files
     "The image files that are meant; a folder means those directly in it. Raises: `BadInput` if one is missing, or none is left."
     from wsl_nb.core import require
-    endings, found = {'.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff', '.gif'}, []
+    from wsl_nb.formats import ENDINGS as endings
+    found = []
     for path in map(Path, paths):
         require(path.exists(), f'no file {path}', 'image files or a folder of them', 'check the name')
         found += sorted(p for p in path.iterdir() if p.suffix.lower() in endings) if path.is_dir() else [path]
@@ -353,11 +326,13 @@ def predictor(
     from wsl_nb.core import require
     require(bool(args.run) != bool(args.weights), 'both or neither of --run and --weights', 'one of them', 'say --run DIR or --weights FILE')
     module = method(args.method)
-    cfg, checkpoint = trained(module, args.run, args.checkpoint) if args.run else (chosen_recipe(args, [])[1], None)
+    cfg, checkpoint, _ = trained(module, args.run, args.checkpoint) if args.run else (chosen_recipe(args, [])[1], None, None)
     file = Path(args.run or '')/'classes.json'
     usual = dict(embedded=data.CLASSES, voc=formats.VOC_CLASSES).get(getattr(cfg, 'layout', 'embedded'), ())
     names = [c.strip() for c in args.classes.split(',')] if args.classes else json.loads(file.read_text()) if args.run and file.is_file() else usual
     require(names, 'no class names', '--classes a,b,…', 'name the classes in the order of training')
+    learnt = json.loads(file.read_text()) if args.run and file.is_file() else names
+    require(len(names) == len(learnt), f'--classes with {len(names)} names', f'{len(learnt)}: {", ".join(learnt)}', 'name every class of the run in its order, or leave --classes out')
     if args.run: return module, cfg, load_model(module, cfg, len(names), checkpoint), names
     return module, cfg, from_weights(module, cfg, len(names), args.weights), names
 
@@ -370,9 +345,7 @@ def from_weights(
 ): # Model, on the device, in evaluation mode
     "The model with the weights of a file."
     from accelerate import PartialState
-    from wsl_nb.core import require
     from wsl_nb.training_checkpoint import load_weights
-    require(Path(file).is_file(), f'no file {file}', 'a weight file', 'check the name')
     model = getattr(module, type(cfg).__name__.removesuffix('Config'))(cfg, classes)
     load_weights(model, module.from_official(file), str(file))
     return model.to(PartialState().device).eval()
@@ -411,7 +384,7 @@ COMMANDS = {
     'results': ('table of recorded results', run_results, 'results? --like'),
     'doctor': ('versions, device and folders; with a method, what its recipe costs here', run_doctor, 'recipe? --preset --batch'),
     'data list': ('what can be drawn, read, written and fetched', data_list, ''),
-    'data fetch': ('download a data set, verified and resumable', data_fetch, 'name --out! --mirror'),
+    'data fetch': ('download a data set, verified and resumable', data_fetch, 'name --out! --mirror --no-keep'),
     'data train-aug': ('list and masks of VOC train_aug, from VOC and SBD', data_train_aug, 'voc sbd'),
     'data make': ('write embedded data as files', data_make, 'name --layout --out! --seed --size --train --val --test --overwrite'),
     'data check': ('find what is missing, surplus or broken', data_check, 'layout folder'),
@@ -430,7 +403,7 @@ OPTIONS = {
     '--run': dict(help='folder that train wrote'), '--checkpoint': dict(default='best', help='best, last or a number of steps (best)'),
     '--split': dict(help='split to score (eval_split of the recipe)'), '--num-images': dict(type=int, help='only the first N images; never a recorded result'),
     '--protocol': dict(help='inference protocols, with commas, or all; without it the validation of the recipe'), '--processes': dict(type=int, default=0, help='worker processes of the dense CRF (0: none)'),
-    '--batch': dict(type=int, help='images an update; without it those of the recipe'), '--mirror': dict(help='base address or local folder to take the files from; their checksums stay the official ones'),
+    '--batch': dict(type=int, help='images an update; without it those of the recipe'), '--no-keep': dict(action='store_true', help='delete each archive once it is unpacked'), '--mirror': dict(help='base address or local folder to take the files from; their checksums stay the official ones'),
     '--like': dict(default='', help='only rows whose method, recipe, data or metric contains this text'),
     '--weights': dict(help='weight file instead of a run'), '--classes': dict(help='names, with commas, in the order of training'),
     '--layout?': dict(help='layout of --data, where it is not the one of the recipe'), '--layout': dict(default='voc', help='layout to write, see data list (voc)'),

@@ -247,15 +247,16 @@ def crf_many(
     from concurrent.futures import ProcessPoolExecutor
     name = crf_backend(backend)
     if name == 'torch' and backend == 'auto': _warn_fallback()
-    work, count, seconds = ((*job, params, name) for job in jobs), 0, 0.
+    work, count, seconds, began = ((*job, params, name) for job in jobs), 0, 0., None
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context('spawn'), torch.set_num_threads, (1,)) if processes else None
     try:
+        began = time.perf_counter()
         for tag, best, took in _in_order(pool, work, max(3 * processes, 1)):
             if took is not None: count, seconds = count + 1, seconds + took
             yield tag, best
     finally:
         if pool: pool.shutdown(cancel_futures=True)
-    if say and count: say(f'dense CRF ({name}): {count} images, {count * max(processes, 1) / seconds:.1f} a second in {max(processes, 1)} process{"es" * (processes > 1)}')
+    if say and count: say(f'dense CRF ({name}): {count} images, {seconds / count:.3f} s each in {max(processes, 1)} process{"es" * (processes > 1)}; {count / (time.perf_counter() - began):.1f} images a second, all that came before them included')
 
 # %% ../nbs/12_crf.ipynb #eb9a04bb
 def _gaussian_sum(features: Tensor, values: Tensor, tile: int) -> Tensor:

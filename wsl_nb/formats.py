@@ -6,7 +6,7 @@
 __all__ = ['VOC_CLASSES', 'VOC_HOME', 'COCO_HOME', 'ENDINGS', 'COLUMNS', 'SPLITS', 'LAYOUTS', 'read_list', 'read_xml',
            'mask_file', 'multi_hot', 'VocSource', 'open_voc', 'folder_sizes', 'decode_region', 'read_coco',
            'CocoSource', 'coco_splits', 'open_coco', 'visible', 'class_rows', 'table_file', 'table_cells', 'table_rows',
-           'own_rows', 'held_out', 'FolderSource', 'open_folder', 'find_root', 'open_set']
+           'own_rows', 'held_out', 'FolderSource', 'all_folders', 'unread', 'open_folder', 'find_root', 'open_set']
 
 # %% ../nbs/18_formats.ipynb #eadf7b15
 import csv, functools, hashlib, io, json, os, re
@@ -398,6 +398,21 @@ class FolderSource:
         "One field of one image. Raises: `BadInput` for a missing or broken file."
         return read_image(self.files[split][index], exif=True) if field == 'image' else multi_hot(self.labels[split][index], self.count)
 
+# %% ../nbs/18_formats.ipynb #898aaec9
+def all_folders(
+    root: Path, # Any folder
+) -> list: # It and those below, parents first
+    "Every visible folder of a tree."
+    return [root, *(f for child in visible(root, 'folder') for f in all_folders(child))]
+
+# %% ../nbs/18_formats.ipynb #2929f73b
+def unread(
+    root: Path, # Folder of photographs
+    named: set, # Paths that a class folder or the CSV names
+) -> list: # Paths
+    "Files that look as if they were meant and are not read: images that nothing names, and anything else inside a folder."
+    return [f for folder in all_folders(root) for f in visible(folder, 'file') if f not in named and (f.suffix.lower() in ENDINGS or folder != root)]
+
 # %% ../nbs/18_formats.ipynb #fd791ad5
 def open_folder(
     root: Path, # Folder with class folders or a CSV
@@ -406,6 +421,8 @@ def open_folder(
     rows, classes = own_rows(root)
     lost = [path.relative_to(root).as_posix() for _, path, _ in rows if not path.is_file()]
     require(not lost, f'{len(lost)} listed images that are missing ({", ".join(lost[:3])})', f'files in {root}, or in its folder images', 'restore the files, or remove the lines')
+    rest = unread(root, {path for _, path, _ in rows})
+    if rest: print(f'{len(rest)} files are not read ({", ".join(f.relative_to(root).as_posix() for f in rest[:3])}{", …" if len(rest) > 3 else ""}); wsl-nb data check folder DIR says why')
     rows = [(split or 'train', path.relative_to(root).with_suffix('').as_posix(), path, names) for split, path, names in rows]
     if not any(split == 'val' for split, *_ in rows):
         train = [i for i, row in enumerate(rows) if row[0] == 'train']

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from .core import BadInput, read_image
-from .formats import ENDINGS, VOC_CLASSES, coco_splits, decode_region, find_root, folder_sizes, mask_file, own_rows, read_list, read_xml, visible
+from .formats import ENDINGS, VOC_CLASSES, all_folders, coco_splits, decode_region, find_root, folder_sizes, mask_file, own_rows, read_list, read_xml, visible, unread
 
 # %% ../nbs/18a_formats_check.ipynb #8e82f1f4
 @dataclass(frozen=True)
@@ -251,13 +251,9 @@ def check_folder(
     faults, named = Faults(), {path for _, path, _ in rows}
     inner = lambda path: path.relative_to(root).as_posix()
     for path in sorted(named): image_size(path, faults, inner(path.parent), 'photo', 'photo_broken')
-    todo = [root]
-    while todo:
-        folder = todo.pop(); files, below = visible(folder, 'file'), visible(folder, 'folder')
-        if not files and not below: faults.add('hollow', root.name, inner(folder))
-        for file in files:
-            if file not in named and (file.suffix.lower() in ENDINGS or folder != root): faults.add('unread', inner(folder), file.name)
-        todo += below[::-1]
+    for file in unread(root, named): faults.add('unread', inner(file.parent), file.name)
+    for folder in all_folders(root):
+        if not visible(folder, 'file') and not visible(folder, 'folder'): faults.add('hollow', root.name, inner(folder))
     return faults.findings()
 
 # %% ../nbs/18a_formats_check.ipynb #ba156ec5

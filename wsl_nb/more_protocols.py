@@ -8,7 +8,7 @@ __all__ = ['SEVEN', 'PROTOCOLS', 'Protocol', 'every_switch', 'Views', 'predicted
 
 # %% ../nbs/02c_more_protocols.ipynb #fac22ba2
 import itertools, time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import require, state_hash, text_hash
+from .core import require
 from .crf import CRFParams, CRF_PARAMS, crf_backend, crf_many
 from .maps import class_maps, multi_scale
 from .metrics import confusion_matrix, record, segmentation_scores, tags_f1
 from .more import MoRe, attention_maps
-from .more_base import MoReConfig, preset_name
-from .more_recipe import eval_transform
+from .more_base import MoReConfig
+from .more_recipe import eval_transform, how_made, provenance
 from .training import each_once, sum_processes
 
 # %% ../nbs/02c_more_protocols.ipynb #7cf0cf63
@@ -46,8 +46,9 @@ PROTOCOLS = dict(
     pseudo_lam=Protocol('lam', 'true', SEVEN, True),
     pseudo_cam=Protocol('cam', 'true', SEVEN, True),
     cam2seg=Protocol('lam', 'classifier', SEVEN, True),
+    cam2seg_cam=Protocol('cam', 'classifier', SEVEN, True),
     cam2seg_test=Protocol('lam', 'decoder', SEVEN, True, 4),
-) # Name for the command line -> protocol. Source: official code, as the specification tells it
+) # Name for the command line -> protocol. Source: official code, as the specification tells it; which map and checkpoint the headline used is not known
 
 # %% ../nbs/02c_more_protocols.ipynb #ac464c04
 def every_switch(
@@ -176,14 +177,14 @@ def evaluate_protocols(
     say=print, # Gets the images a second of the CRF
 ) -> dict[str, list]: # Name -> `metrics.Result` records: mIoU, mIoU plain mean, precision, recall, confusion ratio, tags F1
     "Scores of one model under several protocols, each record with its own."
+    require('mask' in split.source.fields, f'{split.dataset}, a set without masks', 'masks: a protocol is scored pixel by pixel', 'leave --protocol out, or put masks into the VOC layout')
     protocols, n, clock, cpu = protocols or PROTOCOLS, len(split.classes) + 1, time.perf_counter(), time.process_time()
     matrix, f1 = torch.zeros(len(protocols), n, n, dtype=torch.int64), torch.zeros(len(protocols), dtype=torch.float64)
     place = {name: i for i, name in enumerate(protocols)}
     for name, best, mask, tags, label in label_maps(model, split, cfg, protocols, crf, processes, say):
         matrix[place[name]] += confusion_matrix(best, mask, n); f1[place[name]] += tags_f1(tags[None], label[None])
     matrix, f1 = sum_processes(matrix), sum_processes(f1)
-    about = dict(images=len(split), seeds=cfg.seed, preset=preset_name(cfg), config_hash=text_hash(asdict(cfg)), weights_hash=state_hash(model.state_dict()), data_hash=split.hash, subset=split.subset,
-                 seconds=time.perf_counter() - clock, cpu_seconds=time.process_time() - cpu, device=next(model.parameters()).device)
+    about = provenance(model, split, cfg, clock, cpu)
     return {name: [record('more', split.dataset, split.name, f'{metric}, {name}', value, unit=unit, protocol=_described(protocol, cfg, crf), **about)
                    for metric, value, unit in _rows(segmentation_scores(matrix[i]), float(f1[i] / len(split)), protocol)] for i, (name, protocol) in enumerate(protocols.items())}
 
@@ -200,4 +201,4 @@ def _described(p, cfg, crf):
     "What has to be said about how a number was made."
     threshold = 'argmax' if p.map == 'decoder' or p.crf else f'background {cfg.background}'
     tags = dict(none='none', true='true', classifier='predicted: classifier, else decoder', decoder=f'predicted: decoder on {p.tag_patches} patches, else classifier')[p.tags]
-    return dict(labels='image-level', tags=tags, scales=f'{p.scales} and mirror', size=f'{cfg.crop} x {cfg.crop}, squashed', crf=f'{crf_backend()}, {crf.iterations} iterations' if p.crf else 'none', threshold=threshold, border='ignored where 255')
+    return how_made(cfg, tags, f'{p.scales} and mirror', threshold, f'{crf_backend()}, {crf.iterations} iterations' if p.crf else 'none')

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SHOWN_SIDE', 'DEMO', 'SHOWN', 'recipe_rows', 'train_transform', 'eval_transform', 'Maps', 'infer', 'spread',
-           'empty_tally', 'tally', 'evaluate', 'train', 'fitted_size', 'predict', 'demo_data', 'train_and_score',
-           'load_run', 'table_rows', 'last_step', 'run_all', 'demo', 'demo_pictures', 'report']
+           'empty_tally', 'tally', 'how_made', 'provenance', 'evaluate', 'demo_data', 'check_recipe', 'note_start',
+           'train', 'fitted_size', 'predict', 'train_and_score', 'load_run', 'table_rows', 'last_step', 'run_all',
+           'demo', 'demo_pictures', 'report']
 
 # %% ../nbs/02a_more_recipe.ipynb #00538bc8
-import math, time
+import json, math, time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 
 from torch import Tensor
 
-from .core import normalise, seed_everything, state_hash, text_hash
+from .core import atomic, file_hash, normalise, require, seed_everything, state_hash, text_hash
 from .data_transforms import RandomView, Square
 from .maps import class_maps, hard_labels, multi_scale
 from .metrics import combine, confusion_matrix, far_mass, hot_isolated, record, segmentation_scores, tags_f1, write_results
@@ -27,6 +28,7 @@ from .more import MoRe, attention_maps, groups, losses, total
 from .more_base import COCO_OFFICIAL, LAPTOP, LAPTOP_BASELINE, PRESETS, VOC_OFFICIAL, MoReConfig, preset_name, weights
 from .more_weights import read_weights, start_from
 from .training import Run, each_once, lr_factor, sum_processes
+from .training_checkpoint import checkpoints
 
 # %% ../nbs/02a_more_recipe.ipynb #3650fa58
 def recipe_rows(
@@ -117,6 +119,30 @@ def tally(
             sums['maps'] += ~values.isnan(); sums['spread'] += values.nan_to_num(); sums['asked'] += 1
     return sums
 
+# %% ../nbs/02a_more_recipe.ipynb #198ade9d
+def how_made(
+    cfg: MoReConfig, # Crop of the square view
+    tags: str = 'none', # Who gave the image-level labels
+    scales: str = '1', # Sizes of the view
+    threshold: str = 'argmax', # What makes a pixel an object
+    crf: str = 'none', # Backend and iterations
+) -> dict: # The keys of `metrics.PROTOCOL`
+    "The protocol of a record."
+    return dict(labels='image-level', tags=tags, scales=scales, size=f'{cfg.crop} x {cfg.crop}, squashed', crf=crf, threshold=threshold, border='ignored where 255')
+
+# %% ../nbs/02a_more_recipe.ipynb #c984d0c7
+def provenance(
+    model: MoRe, # That was scored
+    split, # `data.Split` that was scored
+    cfg: MoReConfig, # Its recipe
+    clock: float, # `time.perf_counter` at the start
+    cpu: float, # `time.process_time` at the start
+) -> dict: # Arguments of `metrics.record`
+    "Where a number comes from. A real-data recipe without pretrained weights says so in the name of its preset."
+    start = '' if cfg.init or cfg.layout == 'embedded' else ', from random weights'
+    return dict(images=len(split), seeds=cfg.seed, preset=preset_name(cfg) + start, config_hash=text_hash(asdict(replace(cfg, init=Path(cfg.init).name))), weights_hash=state_hash(model.state_dict()), data_hash=split.hash, subset=split.subset,
+                seconds=time.perf_counter() - clock, cpu_seconds=time.process_time() - cpu, device=next(model.parameters()).device)
+
 # %% ../nbs/02a_more_recipe.ipynb #d0d7494a
 def evaluate(
     model: MoRe, # Trained
@@ -133,8 +159,7 @@ def evaluate(
         sums = {k: sums[k] + v for k, v in new.items()}
     model.train(was)
     sums = {k: sum_processes(v) for k, v in sums.items()}
-    about = dict(images=len(view), seeds=cfg.seed, preset=preset_name(cfg), config_hash=text_hash(asdict(cfg)), weights_hash=state_hash(model.state_dict()),
-                 data_hash=split.hash, subset=split.subset, seconds=time.perf_counter() - clock, cpu_seconds=time.process_time() - cpu, device=next(model.parameters()).device)
+    about = provenance(model, view, cfg, clock, cpu)
     return [record('more', split.dataset, split.name, metric, value, unit=unit, protocol=_protocol(metric, cfg), **about) for metric, value, unit in _scores(sums, len(view))]
 
 # %% ../nbs/02a_more_recipe.ipynb #0e1b203c
@@ -150,10 +175,36 @@ def _scores(sums, images):
 
 
 def _protocol(metric, cfg):
-    "What has to be said about how a number was made."
-    soft = metric.startswith(('LAM', 'CAM'))
-    return dict(labels='image-level', tags='true' if soft else 'none', scales=str(cfg.eval_scales) + ' and mirror' if soft else '1', size=f'{cfg.crop} x {cfg.crop}, squashed',
-                crf='none', threshold=f'background {cfg.background}' if soft else 'class score above 0' if metric.startswith('tags') else 'argmax', border='ignored where 255')
+    "What has to be said about how a number of `evaluate` was made."
+    if metric.startswith(('LAM', 'CAM')): return how_made(cfg, 'true', f'{cfg.eval_scales} and mirror', f'background {cfg.background}')
+    return how_made(cfg, threshold='class score above 0' if metric.startswith('tags') else 'argmax')
+
+# %% ../nbs/02a_more_recipe.ipynb #d76b909e
+def demo_data(
+    cfg: MoReConfig, # Embedded-data fields
+): # `data.Set`
+    "The drawn images of a recipe."
+    from wsl_nb.data import embedded
+    return embedded(cfg.data_preset, size=cfg.crop, train=cfg.data_train, val=cfg.data_eval, test=cfg.data_eval)
+
+# %% ../nbs/02a_more_recipe.ipynb #3d194084
+def check_recipe(
+    cfg: MoReConfig, # Asked for
+    data, # `data.Set`
+) -> None: # Nothing when recipe and data go together
+    "Refuses what could only fail after the run folder is made. Raises: `BadInput` naming the flag."
+    for field in ('train_split', 'eval_split'):
+        name = getattr(cfg, field)
+        require(name in data.splits or not name and field == 'eval_split', f'{field} "{name}" for {data.name}', f'one of {list(data.splits)}', f'say --{field} NAME')
+    require(cfg.crop // cfg.patch > 6 or not cfg.w_ure, f'crop {cfg.crop} with patches of {cfg.patch}: {cfg.crop // cfg.patch} a side', 'more than 6 patches a side, for the search of uncertain patches', 'enlarge --crop, take a smaller --patch, or say --w_ure 0')
+
+# %% ../nbs/02a_more_recipe.ipynb #4f892433
+def note_start(
+    out: Path, # Run folder
+    init: str, # Weight file
+) -> None: # out/init.json is there
+    "Writes down which weights a run began with: name and SHA-256, since a path says little on another machine."
+    with atomic(out/'init.json') as spare: spare.write_text(json.dumps(dict(file=Path(init).name, sha256=file_hash(init))) + '\n')
 
 # %% ../nbs/02a_more_recipe.ipynb #61cf96a4
 def train(
@@ -163,12 +214,15 @@ def train(
     resume: bool = False, # Go on from its last checkpoint
 ) -> dict: # What result.json holds
     "Trains a model from image-level labels; everything of the run is in its folder."
+    if cfg.layout == 'folder': cfg = replace(cfg, train_split='train')
+    check_recipe(cfg, data)
     seed_everything(cfg.seed, 'weights')
     model = MoRe(cfg, len(data.classes))
-    if cfg.init and not resume: start_from(model, read_weights(cfg.init))
+    if cfg.init and not checkpoints(out): start_from(model, read_weights(cfg.init))
     if not cfg.init and cfg.layout != 'embedded': print('no --init: the encoder starts from random weights; the released script starts from an ImageNet ViT-B/16')
-    learnt, scored = 'train' if cfg.layout == 'folder' else cfg.train_split, data.split(cfg.eval_split) if cfg.eval_split else ()
-    run = Run(cfg, out, resume, model, groups(model, cfg), lr_factor, data.split(learnt, ('image', 'label'), train_transform(cfg)))
+    run = Run(cfg, out, resume, model, groups(model, cfg), lr_factor, data.split(cfg.train_split, ('image', 'label'), train_transform(cfg)))
+    if cfg.init and run.rank == 0 and run.step == 0: note_start(run.out, cfg.init)
+    scored = data.split(cfg.eval_split) if cfg.eval_split else ()
     for step, batch in run:
         with run.forward(): terms = losses(run.model, batch, step, cfg)
         run.update(terms, total(terms, run.model, step, cfg), weights(cfg, step))
@@ -214,14 +268,6 @@ def predict(
 DEMO = dict(baseline=LAPTOP_BASELINE, MoRe=LAPTOP) # Name in tables -> recipe
 SHOWN = ('LAM mIoU', 'CAM mIoU', 'decoder mIoU', 'LAM confusion ratio', 'CAM confusion ratio', 'decoder confusion ratio', 'LAM far mass', 'CAM far mass',
          'LAM far mass, whole map', 'CAM far mass, whole map', 'LAM hot patches outside', 'CAM hot patches outside', 'LAM hot patches isolated', 'CAM hot patches isolated', 'LAM maps without evidence', 'CAM maps without evidence', 'tags F1') # Rows of the demo's table
-
-# %% ../nbs/02a_more_recipe.ipynb #26e735e1
-def demo_data(
-    cfg: MoReConfig, # Embedded-data fields
-): # `data.Set`
-    "The drawn images of a recipe."
-    from wsl_nb.data import embedded
-    return embedded(cfg.data_preset, size=cfg.crop, train=cfg.data_train, val=cfg.data_eval, test=cfg.data_eval)
 
 # %% ../nbs/02a_more_recipe.ipynb #5dd0f9f1
 def train_and_score(

@@ -1,0 +1,101 @@
+"""Makes the committed records of results/more that no lesson makes: trains, scores the test split once, writes.
+
+    python tools/make_results.py ablation      the small recipe with one thing changed, three seeds (25 CPU-minutes)
+    python tools/make_results.py protocols     every inference protocol on the small recipe, three seeds (10 CPU-minutes)
+    python tools/make_results.py cost          a few updates of VOC and COCO at full size, a process each (6 CPU-minutes)
+
+Runs are kept under out/results and taken up again where a call was interrupted; --out DIR writes elsewhere than results/more.
+"""
+import argparse, json, multiprocessing, shutil, sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SEEDS = (0, 1, 2)
+CHANGED = {'gate dot, 72 patches as tails': dict(gate='dot', tails='patches', neighbours=72), 'URE at the centre': dict(ure_anchor='centre'),
+           'without CRE': dict(w_cre=0.), 'without URE': dict(w_ure=0.), 'without GCR': dict(gcr=False)}  # Of LAPTOP
+
+
+def joined(per_seed):
+    "Records of several seeds as one each; a metric that some seed could not give is named and left out."
+    from wsl_nb.metrics import combine
+    names = [r.metric for r in per_seed[0] if all(any(q.metric == r.metric for q in rows) for rows in per_seed)]
+    lost = {r.metric for rows in per_seed for r in rows} - set(names)
+    if lost: print('not in every seed, left out:', ', '.join(sorted(lost)))
+    return [combine([next(q for q in rows if q.metric == n) for rows in per_seed]) for n in names]
+
+
+def scored(cfg, folder):
+    "Test records of one run of the demo's form, from its folder if it is there."
+    from wsl_nb.metrics import read_results, write_results
+    from wsl_nb.more_recipe import train_and_score
+    file = folder / 'scores.json'
+    if not file.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        write_results(file, train_and_score(cfg, folder))
+    return read_results(file)
+
+
+def ablation(runs, out):
+    "LAPTOP with one thing changed."
+    from wsl_nb.metrics import write_results
+    from wsl_nb.more_base import LAPTOP
+    records = []
+    for name, change in CHANGED.items():
+        word = name.replace(', ', '_').replace(' ', '_')
+        per_seed = [scored(replace(LAPTOP, seed=s, **change), runs / word / f'seed{s}') for s in SEEDS]
+        records += [replace(r, preset=f'LAPTOP, {name}') for r in joined(per_seed)]
+        shutil.copy(runs / word / 'seed0' / 'config.yaml', out / f'config_{word}.yaml')
+    write_results(out / 'result.json', records)
+
+
+def protocols(runs, out):
+    "Every protocol on the runs of LAPTOP."
+    from wsl_nb.metrics import write_results
+    from wsl_nb.more_base import LAPTOP
+    from wsl_nb.more_protocols import PROTOCOLS, evaluate_protocols, every_switch
+    from wsl_nb.more_recipe import demo_data, load_run
+    per_seed, data = [], demo_data(LAPTOP)
+    for s in SEEDS:
+        cfg, folder = replace(LAPTOP, seed=s), runs / 'laptop' / f'seed{s}'
+        scored(cfg, folder)
+        found = evaluate_protocols(load_run(folder, len(data.classes))[0], data.split('test'), cfg, every_switch() | dict(cam2seg_test=PROTOCOLS['cam2seg_test']))
+        per_seed.append([replace(r, run=f'laptop/seed{s}') for rows in found.values() for r in rows])
+    write_results(out / 'result.json', joined(per_seed))
+    shutil.copy(runs / 'laptop' / 'seed0' / 'config.yaml', out / 'config.yaml')
+
+
+def one_cost(preset):
+    "Cost of one recipe, in a process of its own so that its memory is its own."
+    from wsl_nb.more_base import PRESETS
+    from wsl_nb.more_numbers import step_cost
+    torch.set_num_threads(1)
+    return step_cost(PRESETS[preset], batch=1)
+
+
+def cost(runs, out):
+    "Seconds and memory of single updates."
+    from wsl_nb import __version__
+    from wsl_nb.metrics import _commit
+    rows = []
+    for preset in ('VOC', 'COCO'):
+        with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool: rows.append(pool.submit(one_cost, preset).result())
+    found = dict(kind='cost', version=__version__, commit=_commit(), torch=torch.__version__, date=datetime.now(timezone.utc).isoformat(timespec='seconds'), rows=rows)
+    (out / 'result.json').write_text(json.dumps(found, indent=1) + '\n', encoding='utf-8')
+
+
+def main():
+    "Command line; see the top of this file."
+    kinds = dict(ablation=ablation, protocols=protocols, cost=cost)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('kind', choices=list(kinds)); parser.add_argument('--out', type=Path, default=ROOT / 'results' / 'more')
+    args = parser.parse_args(); torch.set_num_threads(1)
+    out = args.out / args.kind; out.mkdir(parents=True, exist_ok=True)
+    kinds[args.kind](ROOT / 'out' / 'results', out); print(f'wrote {out}')
+
+
+if __name__ == '__main__': sys.exit(main())
