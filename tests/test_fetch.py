@@ -1,11 +1,11 @@
 "Downloads against a server of our own on the loopback address, and archives that try to escape."
-import hashlib, io, json, os, re, shutil, subprocess, sys, tarfile, threading, time, zipfile
+import hashlib, io, itertools, json, os, re, shutil, subprocess, sys, tarfile, threading, time, zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-from wsl_nb import fetch as F
+from wsl_nb import fetch as F, fetch_archive as A
 from wsl_nb.core import BadInput, rng
 
 BYTES = rng('fetch').bytes(300_000)
@@ -85,7 +85,7 @@ def test_source_that_torchvision_no_longer_tells_is_by_hand(monkeypatch, tmp_pat
     assert F.sources()['voc'].files and names(tmp_path) == []
 
 
-@pytest.mark.parametrize('name', [s.name for s in F.HAND])
+@pytest.mark.parametrize('name', [s.name for s in F._BY_HAND])
 def test_by_hand_says_where_and_what_then(name, tmp_path):
     with pytest.raises(BadInput) as e: F.fetch(name, tmp_path)
     source = F.sources()[name]
@@ -100,7 +100,7 @@ def test_layouts_are_readable():
 
 
 def test_no_address_stands_in_the_code():
-    assert not re.findall(r'https?://[\w.]+', Path(F.__file__).read_text(encoding='utf-8'))
+    for module in F, A: assert not re.findall(r'https?://[\w.]+', Path(module.__file__).read_text(encoding='utf-8'))
 
 
 # --- download --------------------------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def test_only_web_addresses(tmp_path):
 
 def test_small_disk_is_noticed_before_writing(server, get, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(F.shutil, 'disk_usage', lambda _: usage._replace(free=F.MARGIN + 1000))
+    monkeypatch.setattr(F.shutil, 'disk_usage', lambda _: usage._replace(free=A._MARGIN + 1000))
     with pytest.raises(BadInput, match='another disk') as e: get()
     assert re.match(r'67.1 MB free', e.value.got) and '67.4 MB for x.bin' in e.value.expected
     assert len(server.asked) == 1 and (tmp_path / 'x.bin.part').stat().st_size == 0
@@ -329,14 +329,20 @@ def test_mirror_without_the_file(source, tmp_path):
     with pytest.raises(BadInput, match='one of small'): F.fetch('large', tmp_path / 'out')
 
 
+@pytest.mark.parametrize('mirror', ['ftp://x/y', 'file:///x', 's3://bucket/x', Path('sftp://x/y')], ids=str)
+def test_mirror_of_another_kind_is_refused_by_name(source, tmp_path, mirror):
+    with pytest.raises(BadInput, match=f'the scheme {str(mirror).split(":")[0]}\n.*http') as e: F.fetch('small', tmp_path / 'out', mirror, say=str)
+    assert 'local folder' in e.value.expected and not (tmp_path / 'out').exists()
+
+
 def test_deleted_data_are_unpacked_again(source, tmp_path):
     F.fetch('small', tmp_path / 'out', source, say=str); shutil.rmtree(tmp_path / 'out' / 'VOC')
     F.fetch('small', tmp_path / 'out', source, say=str); assert (tmp_path / 'out' / 'VOC' / 'list.txt').exists()
 
 
 def test_two_archives_meet_in_one_folder(tmp_path):
-    F.extract(tgz(tmp_path / 'a.tgz', ('VOC/x/1', b'1'), ('VOC/same', b's')), tmp_path / 'out', say=str)
-    F.extract(tgz(tmp_path / 'b.tgz', ('VOC/x/2', b'2'), ('VOC/same', b's')), tmp_path / 'out', say=str)
+    A.extract(tgz(tmp_path / 'a.tgz', ('VOC/x/1', b'1'), ('VOC/same', b's')), tmp_path / 'out', say=str)
+    A.extract(tgz(tmp_path / 'b.tgz', ('VOC/x/2', b'2'), ('VOC/same', b's')), tmp_path / 'out', say=str)
     assert sorted(p.name for p in (tmp_path / 'out' / 'VOC').rglob('*')) == ['1', '2', 'same', 'x']
 
 
@@ -355,53 +361,141 @@ ESCAPES = {  # the last member is the one that is refused
 @pytest.mark.parametrize('entries', ESCAPES.values(), ids=ESCAPES)
 def test_tar_that_escapes(tmp_path, entries):
     out = tmp_path / 'a' / 'out'
-    with pytest.raises(BadInput, match='stay in their folder') as e: F.extract(tgz(tmp_path / 'bad.tgz', ('good', b'1'), *entries), out, say=str)
+    with pytest.raises(BadInput, match='stay in their folder') as e: A.extract(tgz(tmp_path / 'bad.tgz', ('good', b'1'), *entries), out, say=str)
     assert f'"{entries[-1][0]}"' in e.value.got
     assert names(out) == [] and names(tmp_path) == ['a', 'bad.tgz'] and names(tmp_path / 'a') == ['out']
 
 
+# the second link climbs from where the first one leads; each archive alone looks harmless
+THREE = ('q/r/c', '../../p'), ('z', 'q/r/c/../../..'), ('z/PWNED', None)
+DOWN = ('q/r/c', '../../p'), ('z', 'q/r/c/s'), ('z/PWNED', None)  # the same, but the second link is one that we allow when it comes first
+
+
+def packed(path, name, target, kind):
+    "An archive of one member: a link to `target`, or a file if that is None."
+    if kind == 'tar': return tgz(path, (name, b'!' if target is None else LINK(target)))
+    with zipfile.ZipFile(path, 'w') as z:
+        info = zipfile.ZipInfo(name); info.external_attr = (0o100644 if target is None else 0o120777) << 16; z.writestr(info, target or '!')
+    return path
+
+
+def lies_within(out, seen):
+    "Nothing beside the folder is new, and no link in it leads out."
+    root = Path(os.path.realpath(out)); links = [p for p in root.rglob('*') if p.is_symlink()]
+    return names(out.parent) == seen and all(Path(os.path.realpath(p)).is_relative_to(root) for p in links)
+
+
+@pytest.mark.parametrize('entries', [THREE, DOWN], ids=['up', 'down'])
+@pytest.mark.parametrize('order', [*itertools.permutations(range(3))], ids=str)
+@pytest.mark.parametrize('kinds', [*itertools.product(['tar', 'zip'], repeat=3)], ids='-'.join)
+def test_three_archives_in_one_folder(tmp_path, entries, order, kinds):
+    out, refused = tmp_path / 'a' / 'b' / 'out', []; (out / 'p').mkdir(parents=True)
+    for i in order:
+        try: A.extract(packed(tmp_path / f'{i}', *entries[i], kinds[i]), out, say=str)
+        except BadInput: refused.append(i)
+        assert lies_within(out, ['out']) and names(tmp_path / 'a') == ['b'] and names(tmp_path)[-1] == 'a'
+    assert set(refused) >= {i for i in (0, 1) if kinds[i] == 'zip'} and (1 in refused or entries is DOWN)
+    assert (out / 'z' / 'PWNED').is_file() == (2 not in refused)
+    if kinds == ('tar',) * 3 and entries is DOWN: assert refused == {(0, 1, 2): [1], (0, 2, 1): [1], (1, 0, 2): [2], (1, 2, 0): [2], (2, 0, 1): [1], (2, 1, 0): [1]}[order]
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob('PWNED')) == ([] if 2 in refused else ['a/b/out/z/PWNED'])
+
+
+def test_three_archives_as_they_were_written(tmp_path):
+    out = tmp_path / 'out'
+    A.extract(packed(tmp_path / '0', *THREE[0], 'tar'), out, say=str)
+    with pytest.raises(BadInput, match='"z": a link that'): A.extract(packed(tmp_path / '1', *THREE[1], 'tar'), out, say=str)
+    assert names(out) == ['.0.done', 'q']
+    (out / 'z').symlink_to(THREE[1][1])  # were it there all the same
+    for kind in 'tar', 'zip':
+        with pytest.raises(BadInput, match='leads through "z", a link in'): A.extract(packed(tmp_path / '2', *THREE[2], kind), out, say=str)
+    assert names(out) == ['.0.done', 'q', 'z'] and names(tmp_path) == ['0', '1', '2', 'out']
+
+
+@pytest.mark.parametrize('entries', [[('l/x', b'1')], [('l', b'1')], [('d/e/l/f/x', b'1')], [('k', LINK('l'))], [('k', LINK('d/e/l/f'))], [('l/f', dict(type=tarfile.DIRTYPE))]], ids=lambda e: e[0][0])
+def test_link_on_the_disk_is_never_followed(tmp_path, entries):
+    out, mine = tmp_path / 'out', tmp_path / 'mine'; (out / 'd' / 'e').mkdir(parents=True); mine.mkdir()
+    for place in out / 'l', out / 'd' / 'e' / 'l': place.symlink_to(mine)
+    with pytest.raises(BadInput, match='a link in') as e: A.extract(tgz(tmp_path / 'a.tgz', ('good', b'1'), *entries), out, say=str)
+    assert f'"{entries[0][0]}"' in e.value.got and 'real folder' in e.value.cure
+    assert names(mine) == [] and names(out) == ['d', 'l'] and names(out / 'd' / 'e') == ['l']
+
+
+def test_link_that_appears_while_we_unpack_is_not_moved_into(tmp_path, monkeypatch):
+    out, mine, whole = tmp_path / 'out', tmp_path / 'mine', A._unpack; mine.mkdir()
+    def late(archive, spare): whole(archive, spare); (out / 'VOC').symlink_to(mine)
+    monkeypatch.setattr(A, '_unpack', late)
+    with pytest.raises(BadInput, match='1 files'): A.extract(tgz(tmp_path / 'a.tgz', ('VOC/x', b'1')), out, say=str)
+    assert names(mine) == [] and names(out) == ['VOC']
+
+
+def test_any_sequence_of_archives_stays_inside(tmp_path):
+    "Random links and files over a few names: many are unpacked, none leads out."
+    draw, done = rng('escape'), 0
+    def path(): return '/'.join(draw.choice(['a', 'b', 'c'], draw.integers(1, 4)))
+    def target(): return '/'.join(draw.choice(['a', 'b', 'c', '..'], draw.integers(1, 5), p=[.2, .2, .2, .4]))
+    for turn in range(60):
+        out = tmp_path / f'{turn}' / 'x' / 'y' / 'out'; out.mkdir(parents=True)
+        for i in range(6):
+            entries = [(path(), LINK(target()) if draw.random() < .7 else b'!') for _ in range(draw.integers(1, 3))]
+            try: A.extract(tgz(tmp_path / 'archive', *entries), out, say=str); done += 1
+            except BadInput: pass
+            assert lies_within(out, ['out']) and names(out.parent.parent) == ['y'] and names(tmp_path / f'{turn}') == ['x'], entries
+    assert done > 60
+
+
+@pytest.mark.parametrize('name', ['.b.tgz.done', '.B.TGZ.DONE', '.b.tgz.unpacking/x', '.b.tgz.unpacking'])
+def test_archive_cannot_write_our_notes(tmp_path, name):
+    with pytest.raises(BadInput, match='our own notes'): A.extract(tgz(tmp_path / 'a.tgz', (name, b'{}')), tmp_path / 'out', say=str)
+    assert names(tmp_path / 'out') == []
+
+
+@pytest.mark.parametrize('text', ['[]', 'null', '{"seal"', '{}', '\x00'])
+def test_marker_that_is_none(tmp_path, text):
+    (tmp_path / '.a.done').write_text(text); assert A.extracted('a', tmp_path, 'md5:1') is False
+
+
 def test_link_that_comes_after_what_leads_through_it(tmp_path):
-    with pytest.raises(BadInput, match='"l/x": a path through a link'): F.extract(tgz(tmp_path / 'bad.tgz', ('l/x', b''), ('l', LINK('d'))), tmp_path / 'out', say=str)
+    with pytest.raises(BadInput, match='"l/x": a path through a link'): A.extract(tgz(tmp_path / 'bad.tgz', ('l/x', b''), ('l', LINK('d'))), tmp_path / 'out', say=str)
 
 
 @pytest.mark.parametrize('name', ['../x', '/x', 'a/../../x', 'C:\\x', '..\\..\\x'])
 def test_zip_that_escapes(tmp_path, name):
     with zipfile.ZipFile(tmp_path / 'bad.zip', 'w') as z: z.writestr('good', '1'); z.writestr(name, 'x')
-    with pytest.raises(BadInput, match='stay in their folder'): F.extract(tmp_path / 'bad.zip', tmp_path / 'out', say=str)
+    with pytest.raises(BadInput, match='stay in their folder'): A.extract(tmp_path / 'bad.zip', tmp_path / 'out', say=str)
     assert names(tmp_path / 'out') == [] and names(tmp_path) == ['bad.zip', 'out']
 
 
 def test_zip_with_a_link(tmp_path):
     link = zipfile.ZipInfo('l'); link.external_attr = 0o120777 << 16
     with zipfile.ZipFile(tmp_path / 'bad.zip', 'w') as z: z.writestr(link, '/etc/passwd')
-    with pytest.raises(BadInput, match='a link that leaves'): F.extract(tmp_path / 'bad.zip', tmp_path / 'out', say=str)
+    with pytest.raises(BadInput, match='a link that leaves'): A.extract(tmp_path / 'bad.zip', tmp_path / 'out', say=str)
 
 
 def test_harmless_links_survive(tmp_path):
-    F.extract(tgz(tmp_path / 'a.tgz', ('d/x', b'1'), ('d/l', LINK('../d/x')), ('h', HARD('d/x'))), tmp_path / 'out', say=str)
+    A.extract(tgz(tmp_path / 'a.tgz', ('d/x', b'1'), ('d/l', LINK('../d/x')), ('h', HARD('d/x'))), tmp_path / 'out', say=str)
     assert os.readlink(tmp_path / 'out' / 'd' / 'l') == '../d/x' and all((tmp_path / 'out' / n).read_bytes() == b'1' for n in ('d/x', 'd/l', 'h'))
 
 
 def test_no_member_becomes_executable_for_others(tmp_path):
-    F.extract(tgz(tmp_path / 'a.tgz', ('x', dict(mode=0o6777))), tmp_path / 'out', say=str)
+    A.extract(tgz(tmp_path / 'a.tgz', ('x', dict(mode=0o6777))), tmp_path / 'out', say=str)
     assert (tmp_path / 'out' / 'x').stat().st_mode & 0o6022 == 0
 
 
 @pytest.mark.parametrize('kind', ['tar', 'zip', 'many'])
 def test_bomb(tmp_path, monkeypatch, kind):
-    usage = shutil.disk_usage(tmp_path); monkeypatch.setattr(F.shutil, 'disk_usage', lambda _: usage._replace(free=F.MARGIN + 2_000_000))
+    usage = shutil.disk_usage(tmp_path); monkeypatch.setattr(A.shutil, 'disk_usage', lambda _: usage._replace(free=A._MARGIN + 2_000_000))
     zeros, file = bytes(1000) if kind == 'many' else bytes(3_000_000), tmp_path / 'bomb'
     if kind == 'zip':
         with zipfile.ZipFile(file, 'w', zipfile.ZIP_DEFLATED) as z: z.writestr('x', zeros)
     else: tgz(file, *((f'x{i}', zeros) for i in range(400 if kind == 'many' else 1)))
     assert file.stat().st_size < 20_000
-    with pytest.raises(BadInput, match='another disk'): F.extract(file, tmp_path / 'out', say=str)
+    with pytest.raises(BadInput, match='another disk'): A.extract(file, tmp_path / 'out', say=str)
     assert names(tmp_path / 'out') == []
 
 
 def test_bomb_is_not_read_to_its_end(tmp_path, monkeypatch):
-    looked = []; monkeypatch.setattr(F, 'members', lambda _: (looked.append(i) or F.Member(str(i), 10**15, 'file') for i in range(1000)))
-    with pytest.raises(BadInput, match='at least'): F.check_members('x.tar', tmp_path)
+    looked = []; monkeypatch.setattr(A, '_members', lambda _: (looked.append(i) or A._Member(str(i), 10**15, 'file') for i in range(1000)))
+    with pytest.raises(BadInput, match='at least'): A._check_members('x.tar', tmp_path)
     assert len(looked) < 1000
 
 
@@ -420,19 +514,52 @@ def test_damaged_archive(tmp_path, kind):
         with tarfile.open(file, dict(tar='w', tgz='w:gz', txz='w:xz')[kind]) as t:
             m = tarfile.TarInfo('x'); m.size = len(noise); t.addfile(m, io.BytesIO(noise))
         file.write_bytes(file.read_bytes()[:30_000])
-    with pytest.raises(BadInput, match='fetch it again'): F.extract(file, tmp_path / 'out', say=str)
+    with pytest.raises(BadInput, match='fetch it again'): A.extract(file, tmp_path / 'out', say=str)
     assert not (tmp_path / 'out').exists() or names(tmp_path / 'out') == []
 
 
-def test_interrupted_unpacking_leaves_nothing(tmp_path, monkeypatch):
-    archive, whole = tgz(tmp_path / 'a.tgz', ('VOC/1', b'1'), ('VOC/2', b'2')), F.unpack
-    def half(archive, spare): (Path(spare) / 'VOC').mkdir(); (Path(spare) / 'VOC' / '1').write_bytes(b''); raise KeyboardInterrupt
-    monkeypatch.setattr(F, 'unpack', half)
-    with pytest.raises(KeyboardInterrupt): F.extract(archive, tmp_path / 'out', say=str)
+FOLDER = dict(type=tarfile.DIRTYPE)
+BROKEN = {'file then folder': [('a', b''), ('a/b', b'')], 'folder then file': [('a/b', b''), ('a', b'')], 'file then its folder': [('a', b''), ('a/', FOLDER)], 'deep': [('a', b''), ('a/b/c/d', b'')],
+          'long': [('n' * 300, b'')], 'long folder': [('a/' + 'n' * 300 + '/b', b'')], 'long link': [('a', LINK('n' * 5000))], 'long link name': [('n' * 300, LINK('a'))], 'zero byte': [('x', dict(pax_headers={'path': 'a\0b'}))]}
+
+
+@pytest.mark.parametrize('case, kind', [(c, k) for c in BROKEN for k in ('tar', 'zip') if k == 'tar' or not re.search('link|byte', c)])  # what a zip can hold
+def test_names_that_cannot_be_written_are_damage(tmp_path, case, kind):
+    entries, out = BROKEN[case], tmp_path / 'out'
+    if kind == 'tar': tgz(tmp_path / 'a', ('good', b'1'), *entries)
+    else:
+        with zipfile.ZipFile(tmp_path / 'a', 'w') as z: [z.writestr(n, '') for n in ('good', *(n for n, _ in entries))]
+    with pytest.raises(BadInput, match='a, which is damaged') as e: A.extract(tmp_path / 'a', out, say=str)
+    assert e.value.cure == 'delete it and fetch it again' and names(out) == [] and names(tmp_path) == ['a', 'out']
+    if case != 'zero byte': assert '"a"' in e.value.got or 'n' * 40 in e.value.got
+    assert str(tmp_path) not in e.value.got and len(e.value.got) < 200
+
+
+@pytest.mark.parametrize('code', ['ENOTDIR', 'EEXIST', 'EISDIR', 'ENAMETOOLONG', 'EINVAL', 'ELOOP'])
+def test_faults_of_a_name_name_the_member(tmp_path, monkeypatch, code):
+    "What this disk takes another one may refuse, e.g. two names that differ in case."
+    def refuse(self, spare, **_): raise OSError(getattr(A.errno, code), 'refused', str(Path(spare) / 'VOC' / 'x?'))
+    monkeypatch.setattr(tarfile.TarFile, 'extractall', refuse)
+    with pytest.raises(BadInput, match='"VOC/x\\?" cannot be written \\(refused\\)'): A.extract(tgz(tmp_path / 'a', ('x', b'1')), tmp_path / 'out', say=str)
     assert names(tmp_path / 'out') == []
-    monkeypatch.setattr(F, 'unpack', whole)
+
+
+def test_faults_of_the_disk_are_not_called_damage(tmp_path, monkeypatch):
+    def refuse(*_, **__): raise OSError(A.errno.EACCES, 'no')
+    monkeypatch.setattr(tarfile.TarFile, 'extractall', refuse)
+    with pytest.raises(PermissionError): A.extract(tgz(tmp_path / 'a', ('x', b'1')), tmp_path / 'out', say=str)
+    assert names(tmp_path / 'out') == []
+
+
+def test_interrupted_unpacking_leaves_nothing(tmp_path, monkeypatch):
+    archive, whole = tgz(tmp_path / 'a.tgz', ('VOC/1', b'1'), ('VOC/2', b'2')), A._unpack
+    def half(archive, spare): (Path(spare) / 'VOC').mkdir(); (Path(spare) / 'VOC' / '1').write_bytes(b''); raise KeyboardInterrupt
+    monkeypatch.setattr(A, '_unpack', half)
+    with pytest.raises(KeyboardInterrupt): A.extract(archive, tmp_path / 'out', say=str)
+    assert names(tmp_path / 'out') == []
+    monkeypatch.setattr(A, '_unpack', whole)
     spare = tmp_path / 'out' / '.a.tgz.unpacking'; spare.mkdir(); (spare / 'rest').write_text('of a kill')
-    F.extract(archive, tmp_path / 'out', say=str); assert names(tmp_path / 'out') == ['.a.tgz.done', 'VOC'] and names(tmp_path / 'out' / 'VOC') == ['1', '2']
+    A.extract(archive, tmp_path / 'out', say=str); assert names(tmp_path / 'out') == ['.a.tgz.done', 'VOC'] and names(tmp_path / 'out' / 'VOC') == ['1', '2']
 
 
 def test_interrupted_moving_is_completed(tmp_path, monkeypatch):
@@ -441,20 +568,20 @@ def test_interrupted_moving_is_completed(tmp_path, monkeypatch):
     def twice(*a):
         if len(done) == 2: raise KeyboardInterrupt
         done.append(real(*a))
-    monkeypatch.setattr(F.os, 'replace', twice)
-    with pytest.raises(KeyboardInterrupt): F.extract(archive, out, say=str)
+    monkeypatch.setattr(A.os, 'replace', twice)
+    with pytest.raises(KeyboardInterrupt): A.extract(archive, out, say=str)
     assert names(out) == ['VOC'] and names(out / 'VOC') == ['0', '1']
-    monkeypatch.setattr(F.os, 'replace', real)
-    F.extract(archive, out, say=str); assert names(out / 'VOC') == ['0', '1', '2', '3'] and names(out) == ['.a.tgz.done', 'VOC']
+    monkeypatch.setattr(A.os, 'replace', real)
+    A.extract(archive, out, say=str); assert names(out / 'VOC') == ['0', '1', '2', '3'] and names(out) == ['.a.tgz.done', 'VOC']
 
 
 def test_files_in_the_way_are_never_overwritten(tmp_path):
     out = tmp_path / 'out'; (out / 'VOC').mkdir(parents=True); (out / 'VOC' / 'b').write_text('mine'); (out / 'c').mkdir()
-    with pytest.raises(BadInput, match='2 files'): F.extract(tgz(tmp_path / 'a.tgz', ('VOC/a', b'1'), ('VOC/b', b'2'), ('c', b'3')), out, say=str)
+    with pytest.raises(BadInput, match='2 files'): A.extract(tgz(tmp_path / 'a.tgz', ('VOC/a', b'1'), ('VOC/b', b'2'), ('c', b'3')), out, say=str)
     assert names(out) == ['VOC', 'c'] and names(out / 'VOC') == ['b'] and (out / 'VOC' / 'b').read_text() == 'mine'
 
 
 def test_new_archive_of_the_same_name_is_not_taken_for_the_old(tmp_path):
     out = tmp_path / 'out'
-    for n in b'1', b'2': F.extract(tgz(tmp_path / 'a.tgz', (n.decode(), n)), out, say=str)
+    for n in b'1', b'2': A.extract(tgz(tmp_path / 'a.tgz', (n.decode(), n)), out, say=str)
     assert names(out) == ['.a.tgz.done', '1', '2']
