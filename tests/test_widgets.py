@@ -1,5 +1,5 @@
 "Explorers: every control changes the picture, errors are seen, nothing is left open, and all works without ipywidgets."
-import sys
+import subprocess, sys, time
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -7,7 +7,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from wsl_nb import widgets
+from wsl_nb import widgets, widgets_maps
 from wsl_nb.core import BadInput
 
 CLASSES = ['cat', 'bus', 'boat']
@@ -24,7 +24,7 @@ def world():
 
 def course():
     images, labels, truth, maps = world()
-    return widgets.course_explorer(images, dict(LAM=maps, CAM=maps.flip(0)), [0, 10, 20, 30, 40], CLASSES, labels, truth, dict(mIoU=[1, 2, 3, 5, 4]))
+    return widgets_maps.course_explorer(images, dict(LAM=maps, CAM=maps.flip(0)), [0, 10, 20, 30, 40], CLASSES, labels, truth, dict(mIoU=[1, 2, 3, 5, 4]))
 
 
 def label_map():
@@ -32,7 +32,7 @@ def label_map():
     lows, highs = [.1, .3, .5], [.4, .6, .8]
     made = [[np.where(maps[0, 0, 0] <= a, 0, np.where(maps[0, 0, 0] <= b, 255, 1)).astype(np.uint8) if a <= b else None for b in highs] for a in lows]
     marks = {name: [[None if m is None else np.argwhere(m == 255)[:4] + shift for m in row] for row in made] for name, shift in dict(centre=0, corner=-1).items()}
-    return widgets.label_map_explorer(images[0], lows, highs, made, CLASSES, marks, kernel=3, truth=truth[0], start=dict(window=2))
+    return widgets_maps.label_map_explorer(images[0], lows, highs, made, CLASSES, marks, kernel=3, truth=truth[0], start=dict(window=2))
 
 
 def neighbours():
@@ -40,13 +40,13 @@ def neighbours():
     def layer(keep, tokens):
         score, index = torch.cat([maps[1, :, :, 0, :tokens], maps[0].flatten(2)], -1).topk(keep, -1)
         return dict(index=index, edge=score.softmax(-1), gate=(9 * score).softmax(-1), tokens=tokens)
-    return widgets.neighbours_explorer(images, {'released': layer(3, 3), 'paper': layer(24, 0)}, CLASSES, (6, 8), labels, truth)
+    return widgets_maps.neighbours_explorer(images, {'released': layer(3, 3), 'paper': layer(24, 0)}, CLASSES, (6, 8), labels, truth)
 
 
 def refinement():
     images, labels, truth, maps = world()
     frames = torch.nn.functional.interpolate((maps[:, 0, 0] * 3)[:, None], size=(48, 64))[:, 0].to(torch.uint8)
-    return widgets.refinement_explorer(images[0], dict(low=frames, high=frames.flip(0).where(frames > 0, 255)), CLASSES, truth[0])
+    return widgets_maps.refinement_explorer(images[0], dict(low=frames, high=frames.flip(0).where(frames > 0, 255)), CLASSES, truth[0])
 
 
 def protocol():
@@ -54,7 +54,7 @@ def protocol():
     keys = [(m, t, s) for m in ('LAM', 'CAM') for t in ('true tags', 'no tags') for s in (1, 3) if (m, s) != ('CAM', 3)]
     predictions = {k: truth.roll(4 * n, 2) for n, k in enumerate(keys)}
     scores = {k: dict(present=80. - 9 * n, all=70. - 9 * n) for n, k in enumerate(keys)}
-    return widgets.protocol_explorer(images, predictions, scores, ['map', 'tags', 'scales'], CLASSES, truth)
+    return widgets_maps.protocol_explorer(images, predictions, scores, ['map', 'tags', 'scales'], CLASSES, truth)
 
 
 ALL = pytest.mark.parametrize('make', [course, label_map, neighbours, refinement, protocol], ids=lambda f: f.__name__)
@@ -66,7 +66,8 @@ def test_every_control_changes_picture_and_read_out_and_comes_back(make):
     assert first[0][:4] == b'\x89PNG' and all(name in first[1] for name in explorer.controls)
     assert explorer.image.tooltip is None, 'a tooltip breaks the view of an image widget'
     for name, box in explorer.controls.items():
-        assert box.description == name and len(box.options) > 1
+        assert box.description == name and name in box.tooltip and len(box.options) > 1
+        assert list(getattr(box, 'tooltips', ())) in ([], [f'{name}: {text}' for text in box._options_labels])
         begin = box.index
         for index in range(len(box.options)):
             if index == begin: continue
@@ -90,11 +91,11 @@ def test_picture_keeps_its_size(make):
 
 @ALL
 def test_a_move_is_quick_and_leaves_no_figure(make):
-    "The goal is 0.3 s; this machine may be busy, so the bound here is wide and the number is printed."
+    "The goal is 0.3 s of processor time; a busy machine prolongs even that, so the bound here is wide and the numbers are printed."
     explorer = make(); begin = {n: b.value for n, b in explorer.controls.items()}
-    found = widgets.latency(explorer)
-    print(f'{make.__name__}: median {found["median"]:.3f} s, worst {found["worst"]:.3f} s of {found["moves"]} moves')
-    assert found['moves'] > 1 and found['median'] <= found['worst'] < 2
+    clock = time.process_time(); found = widgets.latency(explorer); each = (time.process_time() - clock) / found['moves']
+    print(f'{make.__name__}: {each:.3f} s of processor time; wall clock: median {found["median"]:.3f} s, worst {found["worst"]:.3f} s of {found["moves"]} moves')
+    assert found['moves'] > 1 and 0 < found['median'] <= found['worst'] and each < 1
     assert plt.get_fignums() == [] and begin == {n: b.value for n, b in explorer.controls.items()}
 
 
@@ -118,6 +119,28 @@ def test_an_error_of_the_drawing_is_raised_and_seen():
     with pytest.raises(RuntimeError): widgets.explorer(draw, dict(value=[3, 1]))
 
 
+def test_figures_of_pyplot_are_closed_and_the_own_ones_stay(monkeypatch):
+    "A slider would pile them up; also when drawing fails after opening one, and without ipywidgets. What was open before stays."
+    def draw(n): figure = plt.figure(figsize=(1, 1)); plt.plot([0, 1 / n]); plt.title(f'one over {n}'); return figure
+    mine = plt.figure()
+    try:
+        explorer = widgets.explorer(draw, dict(n=[1, 2, 4, 0]))
+        for n in (2, 4, 1): explorer.controls['n'].value = n
+        with pytest.raises(ZeroDivisionError): explorer.controls['n'].value = 0
+        assert len({png for png, _ in explorer.drawn.values()}) == 3 and 'one over 1' in explorer.drawn[1,][1]
+        widgets.static_strip(draw, [dict(n=1), dict(n=2)])
+        monkeypatch.setitem(sys.modules, 'ipywidgets', None)
+        assert widgets.frame_png(widgets.explorer(draw, dict(n=[1]))) == explorer.drawn[1,][0]
+        assert plt.get_fignums() == [mine.number]
+    finally: plt.close('all')
+
+
+def test_explorers_need_no_pyplot():
+    "Nor do they import it: it would choose a window system."
+    code = "import sys; from wsl_nb.widgets import board, explorer; explorer(lambda n: board(1, n)[0], dict(n=[1, 2])).controls['n'].value = 2; print('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split() == ['False']
+
+
 def test_a_position_is_drawn_once():
     calls = []
     explorer = widgets.explorer(lambda **v: calls.append(v) or widgets.board(1, 1.)[0], dict(a=[1, 2], b=['x', 'y']))
@@ -134,7 +157,7 @@ def test_kinds_of_controls():
 
 def test_arrays_lists_and_tensors_give_the_same_picture():
     images, labels, truth, maps = world()
-    same = [widgets.frame_png(widgets.draw_course(i, dict(LAM=m), [0, 1, 2, 3, 4], CLASSES, 3, (0, 2), t)) for i, m, t in
+    same = [widgets.frame_png(widgets_maps.draw_course(i, dict(LAM=m), [0, 1, 2, 3, 4], CLASSES, 3, (0, 2), t)) for i, m, t in
             ((images, maps, truth), (list(images.permute(0, 2, 3, 1).numpy()), maps.numpy(), list(truth.numpy())), (images, maps.tolist(), truth.tolist()))]
     assert same[0] == same[1] == same[2]
 
@@ -143,7 +166,7 @@ def test_neighbours_lie_on_their_patches():
     "The square of a patch is drawn where the patch is; class tokens get none."
     images, *_ = world()
     one = dict(index=torch.tensor([[[1, 3 + 8 * 2 + 5]]]), edge=torch.tensor([[[.4, .6]]]), gate=torch.tensor([[[.1, .9]]]), tokens=3)
-    figure = widgets.draw_neighbours(images[:1], dict(a=one), CLASSES, (6, 8), 'a', (0, 0))
+    figure = widgets_maps.draw_neighbours(images[:1], dict(a=one), CLASSES, (6, 8), 'a', (0, 0))
     (square,) = figure.axes[0].patches
     assert np.allclose(square.get_bbox().extents, [39.9, 15.9, 47.1, 23.1])
     bars = next(a for a in figure.axes if 'entropy' in a.get_title())
@@ -153,7 +176,7 @@ def test_neighbours_lie_on_their_patches():
 def test_marks_lie_in_their_patch_and_the_window_around_the_tested_one():
     images, labels, truth, maps = world()
     patches = np.zeros((6, 8), np.uint8); patches[2, 3] = 255
-    draw = lambda **v: widgets.draw_label_map(images[0], [.1], [.5], [[patches]], CLASSES, .1, .5, dict(tested=[[np.array([[2, 3]])]], corner=[[np.array([[1, 2]])]]), kernel=3, **v)
+    draw = lambda **v: widgets_maps.draw_label_map(images[0], [.1], [.5], [[patches]], CLASSES, .1, .5, dict(tested=[[np.array([[2, 3]])]], corner=[[np.array([[1, 2]])]]), kernel=3, **v)
     for show, dot in dict(tested=(27.5, 19.5), corner=(19.5, 11.5)).items():
         ax = draw(show=show, window=1).axes[1]; window, tested = ax.patches
         assert (ax.lines[0].get_xdata()[0], ax.lines[0].get_ydata()[0]) == dot
