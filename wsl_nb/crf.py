@@ -256,7 +256,7 @@ def crf_many(
             yield tag, best
     finally:
         if pool: pool.shutdown(cancel_futures=True)
-    if say and count: say(f'dense CRF ({name}): {count} images, {seconds / count:.3f} s each in {max(processes, 1)} process{"es" * (processes > 1)}; {count / (time.perf_counter() - began):.1f} images a second, all that came before them included')
+    if say and count: say(f'dense CRF ({name}): {count} images, {seconds / count:.3g} s each in {max(processes, 1)} process{"es" * (processes > 1)}; {count / (time.perf_counter() - began):.1f} images a second, all that came before them included')
 
 # %% ../nbs/12_crf.ipynb #eb9a04bb
 def _gaussian_sum(features: Tensor, values: Tensor, tile: int) -> Tensor:
