@@ -230,8 +230,8 @@ def test_commands_of_the_readme_are_understood():
     assert len(lines) >= 5
     for words in lines:
         args, rest = cli.build_parser().parse_known_args(words)
-        recipes = cli.presets(cli.method(args.method)) if '--preset' in words and args.method in cli.methods_present() else {}
-        assert '--preset' not in words or args.preset in recipes, words
+        recipes = cli.presets(cli.method(args.method)) if hasattr(args, 'preset') and args.method in cli.methods_present() else {}
+        assert not hasattr(args, 'preset') or args.preset in recipes, words
         if args.command == 'train': cli.recipe(recipes[args.preset], rest) # what is left are fields of the recipe, else exit 2
         else: assert not rest, words
 
