@@ -28,11 +28,20 @@ def verdict(function, *given):
     except Exception as e: return f'not yet, it raises {type(e).__name__}: {e}'
     if answer is None or answer is ...: return 'not written yet'
     right = SOLUTIONS[function.__name__](*given)
-    if not isinstance(right, torch.Tensor): return 'right' if answer == right else 'not yet, another recipe is wanted'
+    if isinstance(right, torch.Tensor): return number(answer, right.item())
+    if answer == right: return 'right'
+    if type(answer) is not type(right): return f'not yet, it gives {type(answer).__name__}, a recipe is wanted'
+    odd = sorted(k for k in vars(right) if getattr(answer, k) != getattr(right, k))
+    return f'not yet, look at {", ".join(odd)}'
+
+
+def number(answer, right):
+    "The verdict on a number: what it is, what it should be, and the usual reason for NaN."
     try: answer = torch.as_tensor(answer, dtype=torch.float64).detach()
     except (TypeError, ValueError): return f'not yet, it gives {type(answer).__name__}, a number is wanted'
     if answer.numel() != 1: return f'not yet, it gives {tuple(answer.shape)}, one number is wanted'
-    return 'right' if abs(answer.item() - right.item()) < 1e-3 * max(1, abs(right.item())) else f'not yet, it gives {answer.item():.4f}'
+    if answer.isnan(): return 'not yet, it gives nan: 0 times the logarithm of 0 shall count as 0'
+    return 'right' if abs(answer.item() - right) < 1e-3 * max(1, abs(right)) else f'not yet, it gives {answer.item():.4f} instead of {right:.4f}'
 
 
 def check(function, *given): print(f'{function.__name__}: {verdict(function, *given)}')

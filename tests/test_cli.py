@@ -207,6 +207,21 @@ def test_results_are_found_in_evaluations_too(run, tmp_path, capsys):
     assert cli.main(['results', str(tmp_path/'runs'), '--like', 'nothing of it']) == 0 and 'no recorded result' in capsys.readouterr().out
 
 
+def test_lab_opens_the_lesson_at_the_address_it_prints(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(cli.subprocess, 'call', lambda words, cwd: asked.append((words, cwd)) or 0)
+    assert cli.main(['lab', '--port=1234']) == 0
+    (words, cwd), = asked
+    assert '--LabApp.default_url=/lab/tree/nbs/02_more.ipynb' in words and f'--ServerApp.root_dir={cwd}' in words and words[-1] == '--port=1234' and (Path(cwd)/'nbs'/'02_more.ipynb').is_file()
+    assert 'copy the address' in capsys.readouterr().out
+
+
+def test_train_says_where_the_run_lies_and_what_comes_next(tmp_path, capsys):
+    assert cli.main(['train', 'toy', '--out', str(tmp_path/'run'), '--steps', '2']) == 0
+    text = capsys.readouterr().out
+    assert f'wrote {tmp_path/"run"}: 2 steps' in text and f'wsl-nb predict toy --run {tmp_path/"run"}' in text
+
+
 def test_train_aug_needs_both_folders(tmp_path, capsys):
     code, text = refused(capsys, 'data', 'train-aug', tmp_path/'voc', tmp_path/'sbd')
     assert code == 2 and 'voc' in text

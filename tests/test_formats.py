@@ -387,7 +387,7 @@ def test_the_check_looks_at_every_photograph(own):
     (own/'dog'/'a.heic').touch(); (own/'empty').mkdir(); (own/'LICENSE').write_text('free')
     found = {f.what: f for f in check(own, 'folder')}
     assert [(f.kind, what.split(' (')[0]) for what, f in found.items()] == [('broken', 'image truncated or not decodable'), ('surplus', 'file that is not read'),
-            ('surplus', 'file that is not read'), ('surplus', 'file that is not read'), ('missing', 'class folder without an image')]
+            ('surplus', 'file in a format that is not read'), ('surplus', 'file that is not read'), ('missing', 'class folder without an image')]
     for name in ('0.jpg', 'loose.jpg', 'a.heic', 'dog/deeper, 1: a.jpg', 'empty'): assert any(name in what for what in found), name
     assert not any('LICENSE' in what for what in found)
     data = open_set(own, 'folder'); split = next(s for s, ids in data.splits.items() if 'cat/0' in ids)

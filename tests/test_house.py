@@ -1,5 +1,5 @@
 "The house keeps its rules: exports in sync, arrows between modules, sizes, documentation, notebooks, README, light imports."
-import ast, io, json, os, re, subprocess, sys, tokenize
+import ast, configparser, io, json, os, re, subprocess, sys, tokenize
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ MAY = {'core': set(), **{b: {'core'} for b in BASE}, 'data': BASE | {'core'}, 'f
        'viz': {'core'}, 'widgets': {'core', 'viz'}}  # design section 2; methods may import all of these
 TOP = {'pretrain', 'cli'}
 named = lambda path: path.name
+FLAGGED = {'slow', 'gpu', 'data'}  # cells that are run on request only
 
 
 def family(module):
@@ -181,6 +182,21 @@ def test_notebook_rules(book):
 @pytest.mark.parametrize('book', BOOKS, ids=named)
 def test_notebook_opens_with_title_and_summary(book):
     assert re.match(r'# .+\n\n> .+', run_notebooks.head(book)), 'the first cell is "# Title", an empty line, "> summary"'
+
+
+def test_notebooks_run_with_the_lab_extra_alone():
+    "Every package that a notebook imports outside functions is installed by the core and by `lab`: what `make lab` gives."
+    config = configparser.ConfigParser(delimiters=['=']); config.read(ROOT / 'settings.ini', encoding='utf-8')
+    wanted = [re.split('[<>=!]', l.strip())[0].lower() for key in ('requirements', 'lab_requirements') for l in config['DEFAULT'][key].splitlines() if l.strip()]
+    imports = {'PIL': 'pillow', 'yaml': 'pyyaml', 'cv2': 'opencv-python-headless', 'skimage': 'scikit-image', 'sklearn': 'scikit-learn', 'IPython': 'jupyterlab', 'open_clip': 'open_clip_torch'}
+    for book in BOOKS:
+        for source, words, _ in book_cells(book):
+            if FLAGGED & set(words): continue
+            try: body = ast.parse(source).body
+            except SyntaxError: continue
+            tops = {a.name for n in body if isinstance(n, ast.Import) for a in n.names} | {n.module for n in body if isinstance(n, ast.ImportFrom) and n.module and not n.level}
+            for name in {t.split('.')[0] for t in tops} - sys.stdlib_module_names - {'wsl_nb'}:
+                assert imports.get(name, name).lower() in wanted, f'{book.name} imports {name}, which `make lab` does not install'
 
 
 def test_lessons_keep_their_budget():

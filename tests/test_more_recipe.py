@@ -261,6 +261,13 @@ def test_a_run_that_ended_before_its_first_checkpoint_still_starts_from_its_weig
     assert not torch.equal(read_part(checkpoint(tmp_path/'noise')/'model.safetensors')['classifier.weight'], a['classifier.weight'])
 
 
+def test_stages_that_a_short_run_never_reaches_are_named(capsys):
+    data = embedded('wsss', size=96, train=4, val=2, test=0)
+    more_recipe.check_recipe(replace(more_base.LAPTOP, steps=350), data); text = capsys.readouterr().out
+    assert 'the decoder (--seg_from 400)' in text and '--switch' not in text
+    more_recipe.check_recipe(more_base.LAPTOP, data); assert capsys.readouterr().out == ''
+
+
 def test_an_unknown_validation_split_is_refused_before_training(tmp_path):
     with pytest.raises(BadInput, match='dev'): more_recipe.train(replace(MORE_TINY, eval_split='dev'), embedded('wsss', size=MORE_TINY.crop, train=16, val=3, test=0), tmp_path/'run')
     assert not (tmp_path/'run').exists()

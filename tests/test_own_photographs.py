@@ -101,7 +101,7 @@ def test_a_run_goes_on_after_an_interruption(words, run, monkeypatch, capsys):
     monkeypatch.setattr(training.Run, 'update', interrupted)
     assert cli.main(words) == 130 and (out/'classes.json').exists() and not (out/'result.json').exists()
     monkeypatch.undo()
-    code, text = refused(capsys, *words); assert code == 2 and 'resume that run' in text
+    code, text = refused(capsys, *words); assert code == 2 and 'goes on with that run' in text
     assert cli.main([*words, '--resume']) == 0
     a, b = (load_file(checkpoint(r)/'model.safetensors') for r in (out, run)); assert a.keys() == b.keys() and all((a[k] == b[k]).all() for k in a)
 

@@ -9,6 +9,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'wsl_nb.cli.config_class': ('cli.html#config_class', 'wsl_nb/cli.py'),
                             'wsl_nb.cli.dispatch': ('cli.html#dispatch', 'wsl_nb/cli.py'),
                             'wsl_nb.cli.embedded_arguments': ('cli.html#embedded_arguments', 'wsl_nb/cli.py'),
+                            'wsl_nb.cli.ended': ('cli.html#ended', 'wsl_nb/cli.py'),
                             'wsl_nb.cli.fresh': ('cli.html#fresh', 'wsl_nb/cli.py'),
                             'wsl_nb.cli.from_weights': ('cli.html#from_weights', 'wsl_nb/cli.py'),
                             'wsl_nb.cli.load_model': ('cli.html#load_model', 'wsl_nb/cli.py'),

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['METHODS', 'COMMANDS', 'OPTIONS', 'methods_present', 'method', 'config_class', 'presets', 'as_flags', 'read_yaml',
            'recipe', 'chosen_recipe', 'embedded_arguments', 'open_data', 'fresh', 'seed_list', 'run_demo', 'clone',
-           'run_lab', 'note_classes', 'run_train', 'load_model', 'trained', 'protocols_of', 'run_eval', 'run_replay',
-           'run_assets', 'own_images', 'predictor', 'from_weights', 'run_predict', 'add_options', 'build_parser',
-           'options_help', 'dispatch', 'main']
+           'run_lab', 'note_classes', 'ended', 'run_train', 'load_model', 'trained', 'protocols_of', 'run_eval',
+           'run_replay', 'run_assets', 'own_images', 'predictor', 'from_weights', 'run_predict', 'add_options',
+           'build_parser', 'options_help', 'dispatch', 'main']
 
 # %% ../nbs/17_cli.ipynb #6dd48fc9
 import argparse, dataclasses, importlib, importlib.util, inspect, json, os, pkgutil, shutil, subprocess, sys, traceback
@@ -183,7 +183,8 @@ def run_lab(
     book = next((b for b in (root/'nbs/02_more.ipynb', root/'nbs/index.ipynb') if b.exists()), root/'nbs')
     root_user = ['--allow-root'] if getattr(os, 'geteuid', lambda: 1)() == 0 and '--allow-root' not in flags else [] # in containers; Jupyter refuses otherwise
     print('if no browser opens, copy the address with its token that appears below', flush=True)
-    return subprocess.call([sys.executable, '-m', 'jupyterlab', str(book.relative_to(root)), *root_user, *flags], cwd=root)
+    start = [f'--ServerApp.root_dir={root}', f'--LabApp.default_url=/lab/tree/{book.relative_to(root).as_posix()}'] # the address that is printed opens the lesson
+    return subprocess.call([sys.executable, '-m', 'jupyterlab', *start, *root_user, *flags], cwd=root)
 
 # %% ../nbs/17_cli.ipynb #a02afbdf
 def note_classes(
@@ -194,6 +195,16 @@ def note_classes(
     from wsl_nb.core import atomic
     if not (Path(out)/'config.yaml').exists() or (Path(out)/'classes.json').exists(): return
     with atomic(Path(out)/'classes.json') as spare: spare.write_text(json.dumps(list(classes)) + '\n', encoding='utf-8')
+
+# %% ../nbs/17_cli.ipynb #039d7125
+def ended(
+    out: str | Path, # Run folder
+    name: str, # Of the method
+) -> str: # What to say about it
+    "Where a finished run lies, its last scores, and what can be done with it."
+    result = json.loads((Path(out)/'result.json').read_text()); scores = [r for r in result['records'] if isinstance(r.get('value'), float)][:3]
+    said = ''.join(f'; {r["metric"]} {r["value"]:.3g}' + (f' on {r["images"]} images' if r.get('images') else '') for r in scores)
+    return f'wrote {out}: {result["steps"]} steps{said}\nnext: wsl-nb predict {name} --run {out} --out PICTURES IMAGE…, or wsl-nb eval {name} --run {out}'
 
 # %% ../nbs/17_cli.ipynb #129e1552
 def run_train(
@@ -209,7 +220,7 @@ def run_train(
     try: module.train(cfg, data, args.out, args.resume)
     except BadInput: raise
     except BaseException: note_classes(args.out, data.classes); raise
-    note_classes(args.out, data.classes)
+    note_classes(args.out, data.classes); print(ended(args.out, args.method))
     return 0
 
 # %% ../nbs/17_cli.ipynb #8480b3cf
@@ -369,8 +380,9 @@ def run_predict(
         shown = shrink(image)
         figures = [draw_maps(shown, [found['maps'][c] for c in best], [f'{names[c]} {float(found["scores"][c]):.2f}' for c in best]), draw_labels(shown, [shrink(found[k]) for k in kinds], list(names), kinds)]
         save_figure(out/f'{stem}_maps.png', figures[0]); write_mask(out/f'{stem}_labels.png', found['labels'])
-        sections.append(dict(title=file.name, figures=figures))
-    report_html(out/'report.html', f'{args.method}: own images', sections); print(f'wrote {out/"report.html"}')
+        sections.append(dict(title=file.name, figures=figures, captions=[f'{file.name}: ' + ', '.join(f'{names[c]} {float(found["scores"][c]):.2f}' for c in best), ' and '.join(kinds)]))
+    how = dict(text='Numbers are class scores: above 0 the class counts as present, else the best one does. Maps: yellow is high, each stretched on its own, so an absent class has a map too. Labels: the best present class where its map exceeds the background score' + (f' of {cfg.background}' if hasattr(cfg, 'background') else '') + '; decoder: the answer of the segmentation head, which asks for no class and may disagree.')
+    report_html(out/'report.html', f'{args.method}: own images', [how, *sections]); print(f'wrote {out/"report.html"}')
     return 0
 
 # %% ../nbs/17_cli.ipynb #f97617bd

@@ -94,7 +94,7 @@ def data_check(
     from wsl_nb.formats_check import check
     findings = check(args.folder, args.layout)
     for f in findings: print(f)
-    print(f'{len(findings)} findings' if findings else 'complete and sound')
+    print(f'{len(findings)} finding{"s" * (len(findings) > 1)}' if findings else 'complete and sound')
     return 2 if findings else 0
 
 # %% ../nbs/17a_cli_data.ipynb #b3ef909f

@@ -102,7 +102,8 @@ def opened_image(
     except Image.DecompressionBombError:
         raise BadInput(f'{path} with more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels', 'fewer, since a small file can unpack to more than the memory holds', 'make the picture smaller, or cut it into parts') from None
     except (UnidentifiedImageError, OSError, SyntaxError) as e:
-        raise BadInput(f'{path}, which cannot be decoded ({e})', whole, 'fetch this file again') from None
+        foreign = Path(path).suffix.lower() in ('.heic', '.heif', '.avif', '.raw', '.dng')
+        raise BadInput(f'{path}, which cannot be decoded ({e})', whole, 'convert it to JPEG or PNG' if foreign else 'fetch this file again') from None
 
 # %% ../nbs/10_core.ipynb #029505f5
 def eight_bits(

@@ -286,7 +286,8 @@ def class_rows(
         deeper = [c.name for c in visible(folder, 'folder') if visible(c, 'image')]
         require(images or not deeper, f'{folder} without an image, but with images in its folders {deeper[:3]}', 'images directly in their class folder', 'move the images one folder up, or give the folder that holds the classes')
         rows += [(split, path, (folder.name,)) for path in images]
-    require(bool(rows), f'no image in a class folder of {root}', 'root/<class>/*.jpg, or root/train/<class>/*.jpg, or a labels.csv', 'put the photographs into one folder a class, or write a CSV with columns image,label')
+    here = len(visible(root, 'image'))
+    require(bool(rows), f'no image in a class folder of {root}' + (f', but {here} directly in it' if here else ''), 'root/<class>/*.jpg, or root/train/<class>/*.jpg, or a labels.csv', 'if this is the folder of one class, give the folder above it; else put the photographs into one folder a class, or write a CSV with columns image,label')
     return rows
 
 # %% ../nbs/18_formats.ipynb #edd76719
@@ -422,13 +423,15 @@ def open_folder(
     lost = [path.relative_to(root).as_posix() for _, path, _ in rows if not path.is_file()]
     require(not lost, f'{len(lost)} listed images that are missing ({", ".join(lost[:3])})', f'files in {root}, or in its folder images', 'restore the files, or remove the lines')
     rest = unread(root, {path for _, path, _ in rows})
-    if rest: print(f'{len(rest)} files are not read ({", ".join(f.relative_to(root).as_posix() for f in rest[:3])}{", …" if len(rest) > 3 else ""}); wsl-nb data check folder DIR says why')
+    if rest: print(f'{len(rest)} file{"s are" if len(rest) > 1 else " is"} not read ({", ".join(f.relative_to(root).as_posix() for f in rest[:3])}{", …" if len(rest) > 3 else ""}); wsl-nb data check folder DIR says why')
     rows = [(split or 'train', path.relative_to(root).with_suffix('').as_posix(), path, names) for split, path, names in rows]
     if not any(split == 'val' for split, *_ in rows):
         train = [i for i, row in enumerate(rows) if row[0] == 'train']
         chosen = {train[k] for k in held_out([rows[i][1] for i in train], [rows[i][3] for i in train])}
         rows = [('val', *row[1:]) if i in chosen else row for i, row in enumerate(rows)]
         print(f'no validation images are named: {len(chosen)} of {len(train)} training images become val')
+    lone = sorted(set(classes) - {n for split, *_, names in rows if split == 'val' for n in names})
+    if lone: print(f'no validation image shows {", ".join(lone)}: no score will speak of {"it" if len(lone) == 1 else "them"}')
     of = {split: [row for row in rows if row[0] == split] for split in SPLITS if any(row[0] == split for row in rows)}
     splits = {split: [name for _, name, _, _ in part] for split, part in of.items()}
     labels = {split: [[classes.index(n) for n in names] for *_, names in part] for split, part in of.items()}

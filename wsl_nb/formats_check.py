@@ -59,7 +59,8 @@ CURES |= dict(
     unlisted=('surplus', 'image that is not in the annotation file', 'remove these files, or restore the annotation file'),
     id_twice=('surplus', 'image id or file name listed twice', 'remove the repeated records'),
     layout=('missing', 'no set found', 'give the right folder'),
-    unread=('surplus', 'file that is not read', 'list it in the CSV, put it into a class folder, or convert it to JPEG or PNG; else remove it'),
+    unread=('surplus', 'file that is not read', 'list it in the CSV, or put it into a class folder; else remove it'),
+    foreign=('surplus', 'file in a format that is not read', 'convert a photograph (HEIC, RAW, …) to JPEG or PNG; remove anything else'),
     photo=('missing', 'image missing', 'restore the file, or remove its line from the CSV'),
     photo_broken=('broken', 'image truncated or not decodable', 'save the photograph again as JPEG or PNG, or move it away'),
     hollow=('missing', 'class folder without an image', 'put photographs there, or remove the folder'),
@@ -251,7 +252,7 @@ def check_folder(
     faults, named = Faults(), {path for _, path, _ in rows}
     inner = lambda path: path.relative_to(root).as_posix()
     for path in sorted(named): image_size(path, faults, inner(path.parent), 'photo', 'photo_broken')
-    for file in unread(root, named): faults.add('unread', inner(file.parent), file.name)
+    for file in unread(root, named): faults.add('unread' if file.suffix.lower() in ENDINGS else 'foreign', inner(file.parent), file.name)
     for folder in all_folders(root):
         if not visible(folder, 'file') and not visible(folder, 'folder'): faults.add('hollow', root.name, inner(folder))
     return faults.findings()

@@ -197,6 +197,9 @@ def check_recipe(
         name = getattr(cfg, field)
         require(name in data.splits or not name and field == 'eval_split', f'{field} "{name}" for {data.name}', f'one of {list(data.splits)}', f'say --{field} NAME')
     require(cfg.crop // cfg.patch > 6 or not cfg.w_ure, f'crop {cfg.crop} with patches of {cfg.patch}: {cfg.crop // cfg.patch} a side', 'more than 6 patches a side, for the search of uncertain patches', 'enlarge --crop, take a smaller --patch, or say --w_ure 0')
+    starts = dict(seg_from='the decoder', switch='the final CAM as teacher', lir_from='CRE and URE', ptc_from='the patch contrast')
+    late = [f'{what} (--{field} {getattr(cfg, field)})' for field, what in starts.items() if not cfg.epochs and getattr(cfg, field) >= cfg.steps]
+    if late: print(f'this run ends after {cfg.steps} steps, before {" and ".join(late)}: these first steps do not shrink with --steps')
 
 # %% ../nbs/02a_more_recipe.ipynb #4f892433
 def note_start(

@@ -81,7 +81,7 @@ def claim(
     elif resume:
         text = disk.changed(disk.read_part(out/'config.yaml'), disk.as_plain(cfg))
         if text: fault = f'a changed config: {"; ".join(text)}', 'the fields of config.yaml', 'restore these fields, or start in a new folder'
-    elif used: fault = f'{out} with {", ".join(used)}', 'an empty or new folder', 'resume that run, or choose another folder'
+    elif used: fault = f'{out} with {", ".join(used)}', 'an empty or new folder', 'the same command with --resume goes on with that run; a new run needs another --out'
     fault = next((f for f in gather_processes(fault) if f), None)
     if fault: raise core.BadInput(*fault)
     if not resume and world()[0] == 0:
@@ -133,7 +133,7 @@ class Setup:
         self.asked, self.out, self.split, self.stage, self.stage_hash = cfg, Path(out), split, stage, stage_hash
         self.factor, self.say = lr_factor, say if self.rank == 0 else (lambda *text: None)
         self.order = Order(len(split), cfg.batch, cfg.accumulate, self.processes, self.rank, cfg.seed, cfg.repeats)
-        core.require(self.order.per_epoch, f'{len(split)} training images', f'at least {self.order.whole} (batch x accumulate x processes)', 'lower batch or accumulate')
+        core.require(self.order.per_epoch, f'{len(split)} training images', f'at least {self.order.whole} (batch x accumulate x processes)', 'lower --batch or --accumulate, or take more images')
         self.cfg = dataclasses.replace(cfg, steps=cfg.epochs * self.order.per_epoch) if cfg.epochs else cfg
         build_model(self, model, groups)
         self.say(lr_report(self.cfg, self.base, lr_factor)); self.say(order_report(self))

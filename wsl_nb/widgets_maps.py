@@ -148,7 +148,7 @@ def draw_marks(
         if not 0 < window <= len(found): continue
         start = found[window - 1] - (0 if name in corner else kernel // 2)
         patch_squares(ax, [start], cell, kernel, edgecolor='black', linewidth=2); patch_squares(ax, [start + kernel // 2], cell, edgecolor='black', linewidth=2)
-        ax.set_title(f'window of {name} {window}: mean {window_score(patches, tuple(start), kernel):.2f}'); window = 0
+        score = window_score(patches, tuple(start), kernel); ax.set_title(f'window of {name} {window}: mean {score:.2f}, ' + ('accepted' if score >= 1.2 else 'below 1.2, a fill-in')); window = 0
     return keys
 
 # %% ../nbs/16a_widgets_maps.ipynb #5b5278f6
@@ -236,7 +236,7 @@ def neighbour_bars(
     rows = [(names[k], edge[k], gate[k], colours[k]) for k in top] + ([(f'{len(rest)} others', edge[rest].sum(), gate[rest].sum(), 'lightgrey')] if len(rest) else [])
     for y, (name, r, k, colour) in enumerate(rows):
         ax.barh(y - .2, r, .36, color=colour, edgecolor='grey', linewidth=.5); ax.barh(y + .2, k, .36, color=PREDICTION)
-        for value, shift in ((r, -.2), (k, .2)): ax.text(value + .01, y + shift, f'{value:.2g}', va='center', fontsize=6)
+        for value, shift in ((r, -.2), (k, .2)): ax.text(value + .01, y + shift, f'{value:.2f}' if value >= .005 else '0', va='center', fontsize=6)
     name_rows(ax, [r[0] for r in rows], 4); ax.set_xlim(0, 1.12); ax.set_xticks([0, .5, 1]); ax.tick_params(length=0)
 
 # %% ../nbs/16a_widgets_maps.ipynb #6e73e3dd
