@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from wsl_nb import cli_data, formats_write
-from wsl_nb.core import BadInput, read_mask, write_mask
+from wsl_nb.core import BadInput, write_mask
 from wsl_nb.data import embedded
 from wsl_nb.formats import ENDINGS, LAYOUTS, held_out, open_set, read_list, read_xml
 from wsl_nb.formats_check import check

@@ -1,6 +1,6 @@
 "The real-data recipes against the specification, published numbers, weights at full size, protocols, and sets without masks."
-import json, math
-from dataclasses import asdict, fields, replace
+import json
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest

@@ -7,7 +7,7 @@ __all__ = ['data_list', 'data_fetch', 'data_train_aug', 'claimable', 'data_make'
            'machine', 'run_doctor']
 
 # %% ../nbs/17a_cli_data.ipynb #4650f05c
-import argparse, importlib.util, json, os, shutil
+import argparse, json, os, shutil
 from pathlib import Path
 
 # %% ../nbs/17a_cli_data.ipynb #d9890ff8
