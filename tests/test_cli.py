@@ -222,6 +222,18 @@ def test_train_says_where_the_run_lies_and_what_comes_next(tmp_path, capsys):
     assert f'wrote {tmp_path/"run"}: 2 steps' in text and f'wsl-nb predict toy --run {tmp_path/"run"}' in text
 
 
+def test_a_run_in_stages_has_an_end_too(tmp_path):
+    (tmp_path/'first').mkdir(); (tmp_path/'first'/'result.json').write_text('{}')
+    text = cli.ended(tmp_path, 'toy')
+    assert text.splitlines()[0] == f'wrote {tmp_path}' and f'wsl-nb eval toy --run {tmp_path}' in text
+
+
+def test_data_can_be_made_in_the_folder_one_stands_in(tmp_path, monkeypatch):
+    monkeypatch.setenv('WSL_NB_CACHE', str(tmp_path/'cache')); (tmp_path/'here').mkdir(); monkeypatch.chdir(tmp_path/'here')
+    assert cli.main(['data', 'make', 'small', '--layout', 'coco', '--size', '32', '--train', '2', '--val', '1', '--test', '0', '--out', '.']) == 0
+    assert (tmp_path/'here'/'annotations').is_dir()
+
+
 def test_train_aug_needs_both_folders(tmp_path, capsys):
     code, text = refused(capsys, 'data', 'train-aug', tmp_path/'voc', tmp_path/'sbd')
     assert code == 2 and 'voc' in text

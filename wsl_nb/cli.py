@@ -201,10 +201,10 @@ def ended(
     out: str | Path, # Run folder
     name: str, # Of the method
 ) -> str: # What to say about it
-    "Where a finished run lies, its last scores, and what can be done with it."
-    result = json.loads((Path(out)/'result.json').read_text()); scores = [r for r in result['records'] if isinstance(r.get('value'), float)][:3]
+    "Where a finished run lies, its last scores, and what can be done with it; a run in stages has no result of its own."
+    file = Path(out)/'result.json'; result = json.loads(file.read_text()) if file.is_file() else dict(records=[]); scores = [r for r in result['records'] if isinstance(r.get('value'), float)][:3]
     said = ''.join(f'; {r["metric"]} {r["value"]:.3g}' + (f' on {r["images"]} images' if r.get('images') else '') for r in scores)
-    return f'wrote {out}: {result["steps"]} steps{said}\nnext: wsl-nb predict {name} --run {out} --out PICTURES IMAGE…, or wsl-nb eval {name} --run {out}'
+    return f'wrote {out}' + (f': {result["steps"]} steps{said}' if 'steps' in result else '') + f'\nnext: wsl-nb predict {name} --run {out} --out PICTURES IMAGE…, or wsl-nb eval {name} --run {out}'
 
 # %% ../nbs/17_cli.ipynb #129e1552
 def run_train(
@@ -215,12 +215,14 @@ def run_train(
     if args.help: flags = [*flags, '--help']; print(options_help('train'))
     module, cfg = chosen_recipe(args, flags)
     from wsl_nb.core import BadInput, require
+    from wsl_nb.training_order import world
     require(args.out, 'no --out', '--out DIR', 'say where the run shall be written')
     data = open_data(cfg, args.data)
     try: module.train(cfg, data, args.out, args.resume)
     except BadInput: raise
     except BaseException: note_classes(args.out, data.classes); raise
-    note_classes(args.out, data.classes); print(ended(args.out, args.method))
+    note_classes(args.out, data.classes)
+    if world()[0] == 0: print(ended(args.out, args.method))
     return 0
 
 # %% ../nbs/17_cli.ipynb #8480b3cf

@@ -74,9 +74,9 @@ def data_make(
     from wsl_nb.formats_write import export
     from wsl_nb.training_checkpoint import remove
     folder, found = claimable(args.out, args.overwrite), embedded(args.name, args.seed, args.size, args.train, args.val, args.test)
-    with atomic(folder) as spare:
+    with atomic(folder.resolve()) as spare: # --out . too has a name to write beside
         export(found, args.layout, spare); (spare/'.wsl-nb').touch()
-        remove(folder)
+        remove(folder.resolve())
     print(f'wrote {folder}: {", ".join(f"{k} {len(v)}" for k, v in found.splits.items())}')
     return 0
 

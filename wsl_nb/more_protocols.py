@@ -69,7 +69,7 @@ class Views:
         model: MoRe, # In evaluation mode
         image: Tensor, # Square view, normalised, (1,3,S,S)
     ): # Nothing is computed yet
-        self.model, self.image, self.found = model, image, {}
+        self.model, self.image, self.found, self.joined = model, image, {}, {}
 
     @torch.no_grad()
     def of(self,
@@ -93,7 +93,8 @@ class Views:
         scales: tuple[float, ...], # Factors
     ) -> Tensor: # (1,C,S,S) in [0,1)
         "LAM or CAM over scales: maximum over the mirror, sum over scales, stretched; negative evidence is dropped in the CAM only."
-        return multi_scale(lambda pair: (self.of(pair)[kind],), self.image, scales, (kind == 'cam',))[0]
+        if (kind, scales) not in self.joined: self.joined[kind, scales] = multi_scale(lambda pair: (self.of(pair)[kind],), self.image, scales, (kind == 'cam',))[0]
+        return self.joined[kind, scales]
 
     def decoder(self,
         scales: tuple[float, ...], # Factors
