@@ -440,7 +440,7 @@ def open_folder(
     return Set(root.resolve().name, 'folder', str(root), classes, splits, text_hash([classes, splits, labels, sizes]), source)
 
 # %% ../nbs/18_formats.ipynb #df0adacb
-LAYOUTS = ('voc', 'coco', 'coco2014', 'coco2017', 'folder') # What `open_set` reads
+LAYOUTS = ('voc', 'coco', 'coco2014', 'coco2017', 'pet', 'folder') # What `open_set` reads
 
 # %% ../nbs/18_formats.ipynb #da00ba6e
 def find_root(
@@ -453,6 +453,10 @@ def find_root(
     if layout == 'voc':
         places, marker, home = ('', 'VOC2012', 'VOCdevkit/VOC2012', 'VOCtrainval_11-May-2012/VOCdevkit/VOC2012', 'voc/VOCdevkit/VOC2012', '..'), 'JPEGImages/ and ImageSets/Segmentation/', VOC_HOME
         fits = lambda p: (p/'JPEGImages').is_dir() and (p/'ImageSets'/'Segmentation').is_dir()
+    elif layout == 'pet':
+        from wsl_nb.formats_pet import PET_HOME, pet_lists # which builds on this module
+        places, marker, home = ('', 'oxford-iiit-pet', 'pet', '..'), 'images/ and annotations/{list,trainval,test}.txt', PET_HOME
+        fits = lambda p: (p/'images').is_dir() and bool(pet_lists(p))
     elif layout == 'folder':
         places, marker, home = ('',), 'photographs in class folders, or a CSV that names them,', ''
         fits = lambda p: p.is_dir() and (table_file(p) is not None or any(f.suffix.lower() in ENDINGS for f in p.rglob('*')))
@@ -467,10 +471,13 @@ def find_root(
 # %% ../nbs/18_formats.ipynb #309bc9f7
 def open_set(
     root: str | Path, # Folder of the set, or a usual parent
-    layout: str, # 'voc', 'coco' (2017 before 2014), 'coco2014', 'coco2017', 'folder'
+    layout: str, # 'voc', 'coco' (2017 before 2014), 'coco2014', 'coco2017', 'pet', 'folder'
     labels: str = 'annotations', # VOC only: 'annotations', or 'masks' where there is no XML
 ) -> Set: # Ready for `split`
     "A set on disk. A single split is enough; images and masks are opened when asked for. Raises: `BadInput` that says what was looked for."
     found = find_root(root, layout)
     if layout == 'folder': return open_folder(found)
+    if layout == 'pet':
+        from wsl_nb.formats_pet import open_pet
+        return open_pet(found)
     return open_voc(found, labels) if layout == 'voc' else open_coco(found, layout.removeprefix('coco'))

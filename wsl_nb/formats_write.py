@@ -222,16 +222,19 @@ def export_pet(
     data: Set, # One object an image, with masks
     folder: Path, # The folder to make
 ) -> Path: # The same folder
-    "Writes the Pet layout without head boxes: species 1 is the first half of the classes, 2 the second; trainval is train and val. Raises: `BadInput` for an image with several objects."
+    "Writes the Pet layout without head boxes, and the names of all classes in `classes.txt`: species 1 is the first half of them, 2 the second; trainval is train and val. Raises: `BadInput` for an image with several objects."
     half, count, lists = (len(data.classes) + 1) // 2, Counter(), dict(trainval=[], test=[])
+    words = [class_folder(kind, data.classes)[4:] for kind in range(len(data.classes))]
+    words = [(word[0].upper if kind < half else word[0].lower)() + word[1:] for kind, word in enumerate(words)]
     for split, i, _, kind, _ in one_class(data, several=False):
-        second = kind >= half; count[kind] += 1
-        word = class_folder(kind, data.classes)[4:]; name = f'{(word[0].lower if second else word[0].upper)()}{word[1:]}_{count[kind]}'
+        second = kind >= half; count[kind] += 1; name = f'{words[kind]}_{count[kind]}'
         write_image(folder/'images'/f'{name}.jpg', data.source.read(split, i, 'image'))
         write_mask(folder/'annotations'/'trimaps'/f'{name}.png', trimap(data.source.read(split, i, 'mask') == kind + 1), palette=False)
         lists['test' if split == 'test' else 'trainval'].append(f'{name} {kind + 1} {1 + second} {kind + 1 - half * second}')
     notes = ['#Image CLASS-ID SPECIES BREED ID', f'#CLASS-ID: 1-{len(data.classes)}', f'#SPECIES: 1: classes 1-{half}, 2: the others', '#BREED ID: counted from 1 in each species']
-    for key, lines in (lists | dict(list=notes + lists['trainval'] + lists['test'])).items(): write_lines(folder/'annotations'/f'{key}.txt', lines)
+    for key, lines in (lists | dict(list=notes + lists['trainval'] + lists['test'])).items():
+        if lines: write_lines(folder/'annotations'/f'{key}.txt', lines)
+    write_lines(folder/'classes.txt', words)
     return folder
 
 # %% ../nbs/18b_formats_write.ipynb #c5c909ea
