@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['rounded', 'scaled_inputs', 'multi_scale_cam', 'background_score', 'confident_labels', 'pair_offsets', 'pair_views',
            'widened', 'PairDistance', 'pair_distances', 'pair_affinities', 'pair_labels', 'affinity_terms',
-           'AffinityHead', 'AffinityNet', 'transition', 'random_walk', 'losses_classifier', 'losses_affinity']
+           'AffinityHead', 'AffinityNet', 'transition', 'random_walk', 'losses_classifier', 'losses_affinity',
+           'losses_segment']
 
 # %% ../nbs/04_affinity.ipynb #b0ab3aeb
 import math, warnings
@@ -290,3 +291,16 @@ def losses_affinity(
     if not cfg.lambda_aff: return terms
     distance = pair_distances(model.aff_head(levels), cfg.radius, cfg.border)
     return terms | affinity_terms(distance, pair_labels(torch.stack(list(batch['mask'])), cfg.radius, cfg.border), cfg.affinity_log)
+
+# %% ../nbs/04_affinity.ipynb #99af5a85
+def losses_segment(
+    model: nn.Module, # `affinity_base.Segmenter`
+    batch: dict, # image, and `mask`: pseudo labels, 255 ignored
+    step: int, # Update
+    cfg: AffinityNetConfig, # Recipe
+) -> dict[str, Tensor]: # seg
+    "Loss of stage 3: cross-entropy with the pseudo label of every pixel, background included."
+    mask = torch.stack(list(batch['mask'])).long()
+    logits = F.interpolate(model(batch['image']).float(), size=mask.shape[-2:], mode='bilinear', align_corners=False)
+    loss = F.cross_entropy(logits, mask, ignore_index=255, reduction='sum')
+    return dict(seg=loss / (mask != 255).sum().clamp(min=1))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .core import require
 from .training import RunConfig
+from .training_records import preset_of
 
 # %% ../nbs/04b_affinity_base.ipynb #660cbcdb
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class AffinityNetConfig(RunConfig):
     border: Literal['partial', 'full'] = 'partial' # Pairs near the border of the grid: 'partial' (released code) or 'full' (all pairs)
     beta: float = 8. # Power of the affinities before the walk
     walk_steps: int = 256 # Steps of the random walk
+    cam_background: float = .2 # Constant background score where a CAM becomes a label map without a walk
+    colour: float = 4. # Factor of colours in [0,1] in the walk by colours alone, a baseline
     crf: bool = False # Dense CRF after the walk, before pseudo labels are written
     tags: Literal['given', 'predicted'] = 'given' # Classes of an image at evaluation: its labels, or what the classifier predicts
     # losses
@@ -72,6 +75,8 @@ class AffinityNetConfig(RunConfig):
     segment_epochs: int = 20 # Passes of stage 3
     segment_batch: int = 16 # Images an update of stage 3
     segment_lr: float = .007 # Rate of stage 3
+    segment_scale: tuple[float, float] = (.5, 1.5) # Least and largest scale of a view of stage 3
+    later_init: Literal['init', 'classifier'] = 'init' # AffinityNet and the final network start from the weights of `init`, or from the trained classifier
     head_lr: float = 10. # Rate of new layers over that of the backbone
     bias_lr: float = 2. # Rate of biases over that of weights
     # RunConfig fields that the scripts set
@@ -112,9 +117,7 @@ def preset_name(
     cfg: AffinityNetConfig, # Any recipe
 ) -> str: # Name of the preset it equals, or 'custom'
     "Which preset a recipe is; the seed and what has no effect on the numbers may differ."
-    free = dict(seed=0, init='', workers=0, log_every=0, checkpoint_every=0, evaluate_every=0, eval_images=0, keep_last=0)
-    same = lambda other: replace(other, **free) == replace(cfg, **free)
-    return next((k for k, v in PRESETS.items() if same(v)), 'custom')
+    return preset_of(cfg, PRESETS)
 
 # %% ../nbs/04b_affinity_base.ipynb #0c0df85f
 TRAINED = ('classifier', 'affinity', 'segment') # Stages that train a network; the others write files

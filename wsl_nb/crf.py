@@ -173,56 +173,58 @@ def _warn_fallback() -> None:
                   f'labels only at ties; it takes two to three times as long. For the compiled one: {INSTALL}', stacklevel=3)
 
 # %% ../nbs/12_crf.ipynb #e0a8b5c3
-def _compiled_crf(image: np.ndarray, unary: np.ndarray, p: CRFParams) -> np.ndarray:
+def _compiled_crf(image: np.ndarray, unaries: np.ndarray, p: CRFParams) -> np.ndarray:
     import pydensecrf.densecrf as dcrf
-    n, h, w = unary.shape
-    crf = dcrf.DenseCRF2D(w, h, n)
-    crf.setUnaryEnergy(np.ascontiguousarray(unary.reshape(n, -1)))
+    s, n, h, w = unaries.shape
+    crf, out = dcrf.DenseCRF2D(w, h, n), np.empty((s, n, h * w), np.float32)
     crf.addPairwiseGaussian(sxy=p.gaussian_sxy, compat=p.gaussian_compat)
     # a copy: arrays made from Pillow images are read-only, which Cython refuses
     crf.addPairwiseBilateral(sxy=p.bilateral_sxy, srgb=p.bilateral_srgb, rgbim=np.array(image, order='C'), compat=p.bilateral_compat)
-    return np.array(crf.inference(p.iterations), np.float32).reshape(n, h, w)
+    for unary, q in zip(unaries.reshape(s, n, -1), out):
+        crf.setUnaryEnergy(np.ascontiguousarray(unary))
+        q[:] = crf.inference(p.iterations)
+    return out.reshape(unaries.shape)
 
 # %% ../nbs/12_crf.ipynb #f6719537
-def _torch_crf(image: np.ndarray, unary: np.ndarray, p: CRFParams) -> np.ndarray:
+def _torch_crf(image: np.ndarray, unaries: np.ndarray, p: CRFParams) -> np.ndarray:
     "Mean field on `Lattice`, symmetrically normalised as pydensecrf does by default."
-    n, h, w = unary.shape
+    s, n, h, w = unaries.shape
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing='ij')
     place, colour = torch.stack([x, y], -1).reshape(-1, 2).float(), torch.tensor(image, dtype=torch.float32).reshape(-1, 3)
     kernels = [(p.gaussian_compat, Lattice(place / p.gaussian_sxy)),
                (p.bilateral_compat, Lattice(torch.cat([place / p.bilateral_sxy, colour / p.bilateral_srgb], 1)))]
     norms = [(k(place.new_ones(h * w, 1)) + 1e-20).rsqrt() for _, k in kernels]
-    score = torch.from_numpy(-unary).reshape(n, h * w).T
-    q = score.softmax(1)
-    for _ in range(p.iterations): q = (score + sum(c * s * k(q * s) for (c, k), s in zip(kernels, norms))).softmax(1)
-    return q.T.reshape(n, h, w).contiguous().numpy()
+    score = torch.from_numpy(-unaries).reshape(s, n, h * w).permute(2, 0, 1)                    # all score maps are filtered together
+    q = score.softmax(2)
+    for _ in range(p.iterations): q = (score + sum(c * a[..., None] * k((q * a[..., None]).flatten(1)).view_as(q) for (c, k), a in zip(kernels, norms))).softmax(2)
+    return q.permute(1, 2, 0).reshape(unaries.shape).contiguous().numpy()
 
 # %% ../nbs/12_crf.ipynb #8ec592b7
 @torch.no_grad()
 def dense_crf(
     image: np.ndarray, # uint8 (H,W,3)
-    prob: np.ndarray | Tensor, # Nonnegative scores, background first, (n,H,W); they need not sum to 1
+    prob: np.ndarray | Tensor, # Nonnegative scores, background first, (n,H,W); they need not sum to 1. Several of one image, (S,n,H,W), share the work on its colours
     params: CRFParams = CRF_PARAMS, # Widths and weights
     backend: str = 'auto', # auto: pydensecrf if installed, else torch with one warning
-) -> np.ndarray: # float32 (n,H,W), sums to 1 over n
+) -> np.ndarray: # float32 (n,H,W) or (S,n,H,W), sums to 1 over n
     """Probabilities after mean field on all pixels; pass only the classes that may occur, the cost grows with n.
     Raises: `BadInput` for wrong types, sizes or values, `MissingPackage` if the backend named is absent. Source: official code (parameters)."""
     name = crf_backend(backend)
     if name == 'torch' and backend == 'auto': _warn_fallback()
     image, prob = np.asarray(image), prob.detach().cpu().numpy() if isinstance(prob, Tensor) else np.asarray(prob)
     require(image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3, f'image {image.shape} {image.dtype}', 'uint8 (H,W,3)', 'pass the pixels of the file, not the normalised tensor')
-    require(prob.dtype.kind == 'f' and prob.ndim == 3, f'prob {prob.shape} {prob.dtype}', 'float (n,H,W)', 'pass probabilities, not labels')
-    require(prob.shape[1:] == image.shape[:2], f'prob of {prob.shape[1:]} on an image of {image.shape[:2]}', 'one size', 'resize the scores to the image first')
+    require(prob.dtype.kind == 'f' and prob.ndim in (3, 4), f'prob {prob.shape} {prob.dtype}', 'float (n,H,W)', 'pass probabilities, not labels')
+    require(prob.shape[-2:] == image.shape[:2], f'prob of {prob.shape[-2:]} on an image of {image.shape[:2]}', 'one size', 'resize the scores to the image first')
     require(bool(np.isfinite(prob).all()) and prob.min() >= 0, 'scores that are negative, NaN or infinite', '0 or more', 'pass probabilities, not logits')
     unary = -np.log(np.clip(prob.astype(np.float32, order='C'), 1e-5, 1))
-    return (_compiled_crf if name == 'pydensecrf' else _torch_crf)(image, unary, params)
+    return (_compiled_crf if name == 'pydensecrf' else _torch_crf)(image, unary.reshape(-1, *unary.shape[-3:]), params).reshape(unary.shape)
 
-# %% ../nbs/12_crf.ipynb #6383fdc3
-def _timed_crf(tag, image, prob, params, backend):
-    "One job: its tag, the best row of each pixel, the seconds of the CRF, None without one."
-    start = time.perf_counter()
-    if image is None or len(prob) == 1: return tag, prob.argmax(0).astype(np.uint8), None
-    return tag, dense_crf(image, prob, params, backend).argmax(0).astype(np.uint8), time.perf_counter() - start
+# %% ../nbs/12_crf.ipynb #fe3d492b
+def _timed_crf(tag, image, prob, params, backend, give):
+    "One job: its tag, its result, the seconds of the CRF, None without one."
+    start, refined = time.perf_counter(), image is not None and prob.shape[-3] > 1
+    if refined: prob = dense_crf(image, prob, params, backend)
+    return tag, prob.argmax(-3).astype(np.uint8) if give == 'labels' else prob, time.perf_counter() - start if refined else None
 
 # %% ../nbs/12_crf.ipynb #ba9d1a2a
 def _in_order(pool, jobs, held):
@@ -240,17 +242,17 @@ def crf_many(
     params: CRFParams = CRF_PARAMS, # Widths and weights
     backend: str = 'auto', # As for `dense_crf`
     processes: int = 0, # Worker processes; 0: in this one
+    give: str = 'labels', # 'labels': row of the largest probability, uint8 (H,W); 'probabilities': as `dense_crf` gives them
     say=None, # Gets one line with images a second at the end
-): # Yields (tag, uint8 (H,W): row of the largest probability) in the order of the jobs
-    "Label maps of many images after the dense CRF, in several processes. Raises: `BadInput` of a job, by the same words as `dense_crf`."
+): # Yields (tag, result) in the order of the jobs
+    "Label maps or probabilities of many images after the dense CRF, in several processes. Raises: `BadInput` of a job, by the same words as `dense_crf`."
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
     name = crf_backend(backend)
     if name == 'torch' and backend == 'auto': _warn_fallback()
-    work, count, seconds, began = ((*job, params, name) for job in jobs), 0, 0., None
+    work, count, seconds, began = ((*job, params, name, give) for job in jobs), 0, 0., time.perf_counter()
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context('spawn'), torch.set_num_threads, (1,)) if processes else None
     try:
-        began = time.perf_counter()
         for tag, best, took in _in_order(pool, work, max(3 * processes, 1)):
             if took is not None: count, seconds = count + 1, seconds + took
             yield tag, best

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .core import denormalise, full_precision
 from .crf import dense_energy, par_refine
 from .training import RunConfig
+from .training_records import preset_of
 
 # %% ../nbs/02b_more_base.ipynb #21ef5d46
 @dataclass(frozen=True)
@@ -129,9 +130,7 @@ def preset_name(
     cfg: MoReConfig, # Any recipe
 ) -> str: # Name of the preset it equals, or 'custom'
     "Which preset a recipe is; the seed and what has no effect on the numbers may differ."
-    free = dict(seed=0, init='', workers=0, log_every=0, checkpoint_every=0, evaluate_every=0, eval_images=0, keep_last=0)
-    same = lambda other: replace(other, **free) == replace(cfg, **free)
-    return next((k for k, v in PRESETS.items() if same(v)), 'custom')
+    return preset_of(cfg, PRESETS)
 
 # %% ../nbs/02b_more_base.ipynb #10d511cc
 def weights(

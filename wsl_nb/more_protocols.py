@@ -21,9 +21,10 @@ from .crf import CRFParams, CRF_PARAMS, crf_backend, crf_many
 from .maps import class_maps, multi_scale
 from .metrics import confusion_matrix, record, segmentation_scores, tags_f1
 from .more import MoRe, attention_maps
-from .more_base import MoReConfig
-from .more_recipe import eval_transform, how_made, provenance
+from .more_base import MoReConfig, preset_name
+from .more_recipe import eval_transform, how_made
 from .training import each_once, sum_processes
+from .training_records import provenance
 
 # %% ../nbs/02c_more_protocols.ipynb #7cf0cf63
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def evaluate_protocols(
     for name, best, mask, tags, label in label_maps(model, split, cfg, protocols, crf, processes, say):
         matrix[place[name]] += confusion_matrix(best, mask, n); f1[place[name]] += tags_f1(tags[None], label[None])
     matrix, f1 = sum_processes(matrix), sum_processes(f1)
-    about = provenance(model, split, cfg, clock, cpu)
+    about = provenance(model, split, cfg, preset_name(cfg), clock, cpu)
     return {name: [record('more', split.dataset, split.name, f'{metric}, {name}', value, unit=unit, protocol=_described(protocol, cfg, crf), **about)
                    for metric, value, unit in _rows(segmentation_scores(matrix[i]), float(f1[i] / len(split)), protocol)] for i, (name, protocol) in enumerate(protocols.items())}
 

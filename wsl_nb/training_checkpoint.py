@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['rng_state', 'set_rng_state', 'write_part', 'read_part', 'write_parts', 'remove', 'read_parts', 'entries',
-           'weights_of', 'load_weights', 'checkpoints', 'checkpoint', 'load_model', 'prune', 'as_plain', 'read_config',
-           'changed', 'read_log', 'Log']
+           'weights_of', 'load_weights', 'read_weights', 'checkpoints', 'checkpoint', 'load_model', 'prune', 'as_plain',
+           'read_config', 'changed', 'read_log', 'Log']
 
 # %% ../nbs/14a_training_checkpoint.ipynb #cd76ee48
 import dataclasses, json, os, random, shutil
@@ -130,6 +130,23 @@ def load_weights(
     core.require(not (missing or surplus or wrong), f'{origin}: missing {missing[:4]}, surplus {surplus[:4]}, misshaped {wrong[:4]}',
                  f'exactly the {len(have)} tensors of {type(model).__name__}', 'build the model from the config of the run that wrote them')
     model.load_state_dict(state, strict=False)
+
+# %% ../nbs/14a_training_checkpoint.ipynb #b15e3daa
+def read_weights(
+    path, # .safetensors, or a .pth/.pt/.pkl written by torch.save
+) -> dict: # Its content
+    "Weights of a file; pickles are read with an allow-list only. Raises: `BadInput`."
+    import argparse, pickle
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    core.require(Path(path).is_file(), f'no file at {path}', 'a weight file', 'check the name and the folder')
+    try:
+        if str(path).endswith('.safetensors'): return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]): found = torch.load(path, map_location='cpu', weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as e:
+        raise core.BadInput(f'{path}, which cannot be read safely ({str(e).splitlines()[0][:120]})', 'a state dict of tensors', 'save the bare state dict and try again') from None
+    core.require(isinstance(found, dict), f'{path} with a {type(found).__name__}', 'a state dict of tensors', 'save the bare state dict and try again')
+    return found
 
 # %% ../nbs/14a_training_checkpoint.ipynb #836708e1
 def checkpoints(
