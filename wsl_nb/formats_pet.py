@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from .core import BadInput, read_image, read_mask, require, text_hash
+from .core import BadInput, opened_image, read_image, read_mask, require, text_hash
 from .data import Set
 from .formats import folder_sizes, held_out, multi_hot
 from .formats_check import Faults, Finding, check_lists, image_size, mask_values
@@ -156,8 +156,8 @@ class PetSource:
         split: str, # Name of the split
         index: int, # Position in it
     ) -> tuple: # (H,W)
-        "Size of an image, from its header."
-        with Image.open(self.root/'images'/f'{self.splits[split][index].name}.jpg') as im: return im.height, im.width
+        "Size of an image, from its header. Raises: `BadInput` for a missing file or one that is no image."
+        with opened_image(self.root/'images'/f'{self.splits[split][index].name}.jpg') as im: return im.height, im.width
 
     def read(self,
         split: str, # Name of the split
