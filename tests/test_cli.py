@@ -42,7 +42,7 @@ def refused(capsys, *words):
 def test_help_is_quick_and_complete():
     code = 'import sys; from wsl_nb.cli import main; assert main(["--help"]) == 0; assert not {"torch", "tyro", "matplotlib"} & set(sys.modules)'
     text = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
-    for command in ('demo', 'lab', 'data', 'train', 'eval', 'predict', 'replay', 'results', 'doctor', 'assets'): assert command in text
+    for command in ('demo', 'lab', 'data', 'train', 'ablate', 'eval', 'predict', 'replay', 'results', 'doctor', 'assets'): assert command in text
 
 
 def test_every_field_of_the_recipe_is_a_flag(capsys):
@@ -68,7 +68,7 @@ def test_flags_over_file_over_preset(tmp_path):
     (['replay', 'nowhere'], 'facts.json'), (['data', 'check', 'voc', 'nowhere'], 'nowhere'), (['demo', 'toy', '--outt', 'x'], '--outt'), (['fly'], 'fly'), ([], 'COMMAND'),
     (['assets', 'make'], 'name'), (['eval', 'toy', '--run', 'RUN', '--protocol', 'cam2seg'], 'this method has one'), (['eval', 'toy', '--run', 'RUN', '--num-images', '0'], '1 or more'), (['eval', 'toy', '--run', 'RUN', '--processes', '-1'], '0 or more'), (['eval', 'toy', '--run', 'RUN', '--processes', '2'], 'without --protocol'),
     (['data', 'check', 'cub', '.'], 'does not read it yet'), (['predict', 'toy', '--run', 'RUN', '--classes', 'a,b', '--out', 'y', 'IMAGE'], '--classes with 2 names'),
-    (['data', 'fetch', 'nothing', '--out', 'x'], 'pet'), (['data', 'fetch', 'cub', '--out', 'x'], 'by hand'), (['data', 'fetch', 'pet'], '--out'), (['doctor', 'toy'], 'step_cost'), (['doctor', 'nothing'], 'one of')])
+    (['data', 'fetch', 'nothing', '--out', 'x'], 'pet'), (['data', 'fetch', 'cub', '--out', 'x'], 'by hand'), (['data', 'fetch', 'pet'], '--out'), (['doctor', 'toy'], 'step_cost'), (['doctor', 'toy', '--find-batch-size'], 'step_cost'), (['doctor', '--find-batch-size'], 'METHOD'), (['doctor', 'more', '--memory', '4'], '--find-batch-size'), (['ablate', 'nothing', '--over', 'lr=1', '--out', 'x'], 'one of'), (['doctor', 'nothing'], 'one of')])
 def test_bad_input_ends_with_2(words, says, run, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_image(tmp_path/'image.png', np.zeros((20, 20, 3), np.uint8))

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['data_list', 'data_fetch', 'data_train_aug', 'claimable', 'data_make', 'data_check', 'recorded', 'run_results',
-           'machine', 'run_doctor']
+           'machine', 'memory_limit', 'trial', 'in_own_process', 'find_batch_size', 'run_doctor']
 
 # %% ../nbs/17a_cli_data.ipynb #4650f05c
-import argparse, json, os, shutil
+import argparse, json, math, os, shutil
 from pathlib import Path
 
 # %% ../nbs/17a_cli_data.ipynb #d9890ff8
@@ -147,14 +147,87 @@ def machine() -> dict: # Name -> text
     rows |= {'bf16': 'yes' if not gpu or torch.cuda.is_bf16_supported() else 'no', 'free disk': f'{room:.0f} GB here' + (' (a checkpoint of a full run takes about 1.1 GB)' if room < 20 else '')}
     return rows | {'methods': ' '.join(methods_present()), 'WSL_NB_DATA': _folder(os.environ.get('WSL_NB_DATA')), 'cache': f'{cache}{"" if cache.is_dir() else " (not there yet)"}'}
 
+# %% ../nbs/17a_cli_data.ipynb #70f18882
+def memory_limit() -> float: # GB
+    "What a trial may use: without bound on a GPU, which refuses cleanly; else 90 % of this machine, or of the container."
+    import torch
+    if torch.cuda.is_available(): return math.inf
+    try: sizes = [os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')]
+    except (AttributeError, OSError, ValueError): return math.inf # this system does not say
+    for file in map(Path, ('/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory/memory.limit_in_bytes')):
+        if file.is_file() and file.read_text().strip().isdigit(): sizes.append(int(file.read_text()))
+    return .9 * min(sizes) / 1e9
+
+# %% ../nbs/17a_cli_data.ipynb #6b71046f
+def trial(
+    name: str, # Method
+    preset: str, # Recipe
+    batch: int, # Images an update
+) -> dict | None: # From the method's `step_cost`, and `idle`: GB before the first update; None if there is not enough memory
+    "A few updates; run by `in_own_process`, so that the memory is theirs alone."
+    import torch
+    from accelerate import PartialState
+    from wsl_nb.cli import method, presets
+    module = method(name); idle = module.peak_memory(PartialState().device) if hasattr(module, 'peak_memory') else 0.
+    try: return module.step_cost(presets(module)[preset], batch=batch) | dict(idle=idle)
+    except (MemoryError, RuntimeError) as e: # PyTorch has a type for full GPUs alone
+        if isinstance(e, (MemoryError, torch.cuda.OutOfMemoryError)) or 'memory' in str(e): return None
+        raise
+
+# %% ../nbs/17a_cli_data.ipynb #7dfc634d
+def in_own_process(
+    function, # Importable by its name
+    *given, # Its arguments
+): # What it returns; None if the system ended the process, as it does when memory runs out
+    "One call in a fresh process. Raises: what the function raises."
+    import multiprocessing
+    context = multiprocessing.get_context('spawn'); here, there = context.Pipe(duplex=False)
+    child = context.Process(target=_answer, args=(there, function, given)); child.start(); there.close()
+    try: good, value = here.recv()
+    except EOFError: good, value = None, None
+    child.join()
+    if good is None and child.exitcode != -9: raise RuntimeError(f'the process of {function.__name__} ended with code {child.exitcode}')
+    if good is False: raise value
+    return value
+
+
+def _answer(pipe, function, given):
+    "Sends back (True, what the function returns) or (False, what it raises)."
+    try: pipe.send((True, function(*given)))
+    except Exception as e: pipe.send((False, e))
+
+# %% ../nbs/17a_cli_data.ipynb #cfdaa40b
+def find_batch_size(
+    measure, # Function of a batch: what `step_cost` gives, or None if there is not enough memory
+    limit: float = math.inf, # GB that may be used
+    most: int | None = None, # Largest batch to try; None: until it no longer fits
+    say=print, # Gets a line for each trial
+) -> list: # Dicts batch, images a second, GB: those that fit
+    "Speed and memory of 1, 2, 4, … images an update. A batch that would exceed the limit if memory went on growing as before is not tried. Raises: `BadInput` if not even one image fits."
+    from wsl_nb.core import require
+    rows, used, batch = [], [], 1
+    while most is None or batch <= most:
+        guess = used[-1] + max(0., used[-1] - used[-2]) * (2 if batch > 2 else 1) if rows else 0. # from b/2 to b it grows twice as much as from b/4 to b/2
+        if guess > limit: say(f'batch {batch}: not tried, it may take {guess:.2g} of {limit:.2g} GB'); break
+        cost = measure(batch)
+        if cost is None or cost['gigabytes'] > limit: say(f'batch {batch}: does not fit'); break
+        require(most or not math.isnan(cost['gigabytes']), 'a system that does not tell how much memory a process uses', '--batch N', 'say how many images to try at the most')
+        updates = [n for _, n in cost['phases']]; used += [cost.get('idle', 0.)][:not rows] + [cost['gigabytes']]
+        rows.append({'batch': batch, 'images a second': sum(updates) / sum(n * s for n, s in zip(updates, cost['seconds'])), 'GB': cost['gigabytes']})
+        say(f'batch {batch}: {rows[-1]["images a second"]:.3g} images a second, {cost["gigabytes"]:.3g} GB'); batch *= 2
+    require(rows, 'a recipe of which not one image fits', f'at most {limit:.3g} GB', 'free memory, or take a smaller model or crop')
+    return rows
+
 # %% ../nbs/17a_cli_data.ipynb #c885af31
 def run_doctor(
     args: argparse.Namespace, # Parsed line
     flags: list, # Words that argparse did not know
 ) -> int: # Exit code
-    "`wsl-nb doctor [METHOD --preset NAME]`: versions, device and folders; with a method, hours and memory of its recipe from a few updates timed here. Raises: `BadInput`."
+    "`wsl-nb doctor [METHOD --preset NAME]`: versions, device and folders; with a method, hours and memory of its recipe from a few updates timed here, or with --find-batch-size those of 1, 2, 4, … images an update. Raises: `BadInput`."
     from wsl_nb.core import require
     for name, value in machine().items(): print(f'{name:16}{value}')
+    require(args.method or not args.find_batch_size, '--find-batch-size without a method', 'a method', 'say wsl-nb doctor METHOD --preset NAME --find-batch-size')
+    require(args.memory is None or args.find_batch_size and args.memory > 0, f'--memory {args.memory}', 'more than 0 GB, with --find-batch-size', 'mend it, or leave it out')
     if not args.method: return 0
     from wsl_nb.cli import method, presets
     from wsl_nb.viz import markdown_table
@@ -163,5 +236,9 @@ def run_doctor(
     require(args.preset in known, f'preset "{args.preset}" of {args.method}', f'one of {sorted(known)}', 'check the name')
     require(args.batch is None or args.batch > 0, f'--batch {args.batch}', '1 or more', 'leave it out for the batch of the recipe')
     print(f'\ntiming a few updates of {args.preset}: random images and weights, nothing is written', flush=True)
+    if args.find_batch_size:
+        rows = find_batch_size(lambda b: in_own_process(trial, args.method, args.preset, b), args.memory or memory_limit(), args.batch, lambda text: print(text, flush=True))
+        fastest = max(rows, key=lambda r: r['images a second'])
+        print(f'\n{markdown_table(rows)}\nlargest that fits of those tried: {rows[-1]["batch"]}; fastest: {fastest["batch"]}'); return 0
     print(markdown_table(module.cost_rows([module.step_cost(known[args.preset], batch=args.batch)])))
     return 0

@@ -6,8 +6,8 @@
 __all__ = ['STYLE', 'TRUTH', 'PREDICTION', 'DPI', 'PAGE', 'SECTION', 'Picture', 'png', 'pixels', 'save_figure', 'styled',
            'panels', 'to_array', 'to_rgb', 'to_grey', 'resize_map', 'shrink', 'overlay', 'outline', 'draw_maps',
            'draw_grid', 'strip', 'class_colours', 'colour_labels', 'draw_labels', 'draw_boxes', 'log_values', 'chart',
-           'draw_curves', 'draw_matrix', 'draw_bars', 'cell_text', 'table_of', 'markdown_table', 'html_table',
-           'section_html', 'report_html']
+           'draw_curves', 'draw_matrix', 'draw_bars', 'draw_lines', 'cell_text', 'table_of', 'markdown_table',
+           'html_table', 'section_html', 'report_html']
 
 # %% ../nbs/15_viz.ipynb #6ee45309
 import base64, functools, html, io, math
@@ -344,6 +344,24 @@ def draw_bars(
         bars = ax.bar(place, to_array(values), width * .92, color=colours[i], label=name, yerr=None if errors is None else to_array(errors[name]), error_kw=dict(linewidth=.8))
         ax.bar_label(bars, fmt='%.3g', fontsize=6, padding=1)
     ax.set_xticks(range(len(names)), names); ax.set_ylabel(unit); ax.set_title(title)
+    if len(series) > 1: ax.legend(frameon=False, loc='center left', bbox_to_anchor=(1.0, .5))
+    return figure
+
+# %% ../nbs/15_viz.ipynb #80f0bcce
+@styled
+def draw_lines(
+    series: dict, # Name of each series -> n values
+    names: list, # n places, in their order and evenly apart: 0, 0.01, 1 and 256 can stand on one axis
+    errors=None, # Name of each series -> n half-widths
+    place: str = '', # What the places are
+    unit: str = '', # On the value axis
+    title: str = '', # Above the picture
+) -> Figure: # One panel
+    "A line with its points for each series, over places that have an order."
+    figure, ax = chart(max(3, .8 + .5 * len(names)), 2.2); colours = class_colours(len(series))
+    for i, (name, values) in enumerate(series.items()):
+        ax.errorbar(range(len(names)), to_array(values), None if errors is None else to_array(errors[name]), label=name, color=colours[i], marker='o', markersize=3, linewidth=1.2, elinewidth=.8, capsize=2)
+    ax.set_xticks(range(len(names)), names); ax.set_xlabel(place); ax.set_ylabel(unit); ax.set_title(title)
     if len(series) > 1: ax.legend(frameon=False, loc='center left', bbox_to_anchor=(1.0, .5))
     return figure
 
