@@ -108,7 +108,7 @@ PET = replace(VOC_OFFICIAL, layout='pet', train_split='train', stages=('classifi
 # %% ../nbs/04b_affinity_base.ipynb #8030f34e
 LAPTOP = replace(PET, layout='embedded', backbone='small', bn='train', frozen_until='', dropout=0., head=(16, 16, 16, 32), grid=4, segment_head='small', crop=96, view='whole', jitter=(.2, 0., 0., 0.),
     scales=(1., 1.5), alpha=8., alpha_low=1., alpha_high=8., walk_steps=16, beta=8., optimizer='adamw', schedule='onecycle', weight_decay=.02, momentum=.9, bias_lr=1., head_lr=1., lr_max=.01,
-    classifier_epochs=10, classifier_batch=32, classifier_lr=5e-3, affinity_epochs=6, affinity_batch=32, affinity_lr=3e-3, segment_epochs=5, segment_batch=32, segment_lr=3e-3,
+    classifier_epochs=10, classifier_batch=32, classifier_lr=5e-3, affinity_epochs=6, affinity_batch=32, affinity_lr=3e-3, segment_epochs=5, segment_batch=32, segment_lr=3e-3, later_init='classifier',
     checkpoint_every=0, log_every=10)
 PRESETS = dict(PET=PET, VOC_OFFICIAL=VOC_OFFICIAL, LAPTOP=LAPTOP) # Recipes by name
 

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['PSEUDO_LABELS', 'SEGMENTATION', 'ABLATION', 'CONFUSION', 'COST', 'LOG_SCORES', 'LOG_LOSSES', 'COCO_LOG', 'HEADLINE',
-           'quoted', 'pivot', 'phases', 'peak_memory', 'step_cost', 'cost_rows']
+           'quoted', 'pivot', 'phases', 'step_cost', 'cost_rows']
 
 # %% ../nbs/02e_more_numbers.ipynb #8152d8f8
-import time
 from dataclasses import replace
 
 import torch
@@ -16,6 +15,7 @@ from .core import normalise, seed_everything, torch_rng
 from .metrics import Result, device_name
 from .more import MoRe, groups, losses, total
 from .more_base import PRESETS, MoReConfig, preset_name, weights
+from .training_records import peak_memory, seconds_of
 
 # %% ../nbs/02e_more_numbers.ipynb #f0f5669b
 def quoted(
@@ -104,16 +104,6 @@ def phases(
     starts = [s for i, s in enumerate(starts) if i == 0 or weights(cfg, s) != weights(cfg, starts[i - 1])]
     return [(a, b - a) for a, b in zip(starts, [*starts[1:], cfg.steps])]
 
-# %% ../nbs/02e_more_numbers.ipynb #ef1805f8
-def peak_memory(
-    device: torch.device, # Where the model lives
-) -> float: # GB
-    "Largest memory so far: of the device, on a CPU of this process; NaN where the system does not say."
-    if device.type == 'cuda': return torch.cuda.max_memory_allocated(device) / 1e9
-    try: import resource, sys
-    except ImportError: return float('nan')
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == 'darwin' else 1e6)
-
 # %% ../nbs/02e_more_numbers.ipynb #27efa75c
 def step_cost(
     cfg: MoReConfig, # Recipe at full size
@@ -129,14 +119,8 @@ def step_cost(
     optimizer, seconds = torch.optim.AdamW(groups(model, cfg)), []
     image = normalise(torch.rand(batch, 3, cfg.crop, cfg.crop, generator=torch_rng('cost'))).to(device)
     data = dict(image=image, label=torch.eye(classes, device=device)[:1].expand(batch, -1), index=torch.arange(batch))
-    clock = time.process_time if device.type == 'cpu' and torch.get_num_threads() == 1 else time.perf_counter
-    wait = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
-    for first, _ in phases(cfg):
-        for _ in range(repeats):
-            wait(); start = clock()
-            total(losses(model, data, first, cfg), model, first, cfg).backward(); optimizer.step(); optimizer.zero_grad()
-            wait(); took = clock() - start
-        seconds.append(took / batch)
+    def _step(at): total(losses(model, data, at, cfg), model, at, cfg).backward(); optimizer.step(); optimizer.zero_grad()
+    for first, _ in phases(cfg): seconds.append(seconds_of(lambda: _step(first), device, repeats) / batch)
     return dict(preset=preset_name(cfg), device=device_name(device), threads=torch.get_num_threads(), batch=batch, crop=cfg.crop, phases=phases(cfg), seconds=seconds, gigabytes=peak_memory(device))
 
 # %% ../nbs/02e_more_numbers.ipynb #13d74362
