@@ -23,13 +23,16 @@ class Near:
     value: torch.Tensor
     atol: float = 1e-4
     rtol: float = 0.
+    nan: bool = False # NaN has a meaning and must stand in the same places
 
     def check(self, stored):
         "(largest error, tolerance as text, passed)"
         ours, stored = torch.as_tensor(self.value).double(), stored.double()
         if ours.numel() != stored.numel(): return float('nan'), f'shape {tuple(ours.shape)} against {tuple(stored.shape)}', False
-        gap = (ours.reshape(stored.shape) - stored).abs()
-        ok = bool((gap <= self.atol + self.rtol * stored.abs()).all()) and not gap.isnan().any()
+        ours = ours.reshape(stored.shape)
+        gap = (ours - stored).abs()
+        if self.nan: gap[ours.isnan() & stored.isnan()] = 0
+        ok = bool((gap <= self.atol + self.rtol * stored.abs().nan_to_num()).all()) and not gap.isnan().any()
         return gap.max().item() if gap.numel() else 0., f'{self.atol:g} + {self.rtol:g}*|x|', ok
 
 
@@ -66,9 +69,9 @@ def scope(method):
     return entry['inputs'], entry['out_of_scope'], entry.get('needs_extra', {}), entry['origin']
 
 
-def reason(name, patterns):
-    "Reason of the first pattern that matches, else None."
-    return next((why for pattern, why in patterns.items() if fnmatch.fnmatch(name, pattern)), None)
+def reason(stem, name, patterns):
+    "Reason of the first pattern that matches the name, or file stem and name (`irn/cam`), else None."
+    return next((why for pattern, why in patterns.items() if fnmatch.fnmatch(f'{stem}/{name}' if '/' in pattern else name, pattern)), None)
 
 
 def stored_tensors(folder):
@@ -84,15 +87,15 @@ def compare(method, folder, say=print):
     except KeyError as e: sys.exit(f'got {folder} without "{e.args[0]}"\nexpected every file and tensor of the format\ncure: restore the directory')
     compared = failed = missing = 0
     for stem, name in sorted((stem, name) for stem in stored for name in stored[stem]):
-        if stem == 'weights' or reason(name, inputs): continue
-        row, outlier = f'{stem + "/" + name:52}', reason(name, outside)
+        if stem == 'weights' or reason(stem, name, inputs): continue
+        row, outlier = f'{stem + "/" + name:52}', reason(stem, name, outside)
         if (stem, name) in ours and not outlier:
             error, tolerance, ok = ours[stem, name].check(stored[stem][name])
             compared, failed = compared + 1, failed + (not ok)
-            say(f'{row} {reason(name, origin) or "?":14} {error:10.2e}  {tolerance:22} {"ok" if ok else "FAILED"}')
+            say(f'{row} {reason(stem, name, origin) or "?":14} {error:10.2e}  {tolerance:22} {"ok" if ok else "FAILED"}')
         else:
-            missing += not (outlier or reason(name, extra))
-            say(f'{row} not covered: {outlier or reason(name, extra) or "no recomputation"}')
+            missing += not (outlier or reason(stem, name, extra))
+            say(f'{row} not covered: {outlier or reason(stem, name, extra) or "no recomputation"}')
     return compared, failed, missing
 
 
