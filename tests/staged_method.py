@@ -14,7 +14,7 @@ from wsl_nb import core, metrics
 from wsl_nb import training_checkpoint as disk
 from wsl_nb.core import normalise
 from wsl_nb.training import Run, RunConfig, each_once, lr_factor
-from wsl_nb.training_config import stage_done, stage_hash
+from wsl_nb.training_config import check_config, stage_done, stage_hash
 
 STAGES, RAN, STOP = ('classifier', 'labels', 'segment'), [], []
 
@@ -50,7 +50,9 @@ class Staged(nn.Module):
     def forward(self, image, part): return getattr(self, part)(F.adaptive_avg_pool2d(image, self.grid).flatten(1))
 
 
-def check_recipe(cfg, data): core.require(cfg.grid > 0, f'grid {cfg.grid}', '1 or more', 'say --grid N')
+def check_recipe(cfg, data):
+    core.require(cfg.grid > 0, f'grid {cfg.grid}', '1 or more', 'say --grid N')
+    for steps in (cfg.steps, cfg.rounds): check_config(replace(cfg, steps=steps))
 
 
 def stage_hashes(cfg, data):

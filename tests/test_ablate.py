@@ -169,9 +169,10 @@ def test_the_command_leaves_table_chart_and_page(tmp_path, capsys):
     assert code == 0 and 'classifier made 1 time, shared 3 times' in text and '4 of 4: sharp=2, rounds=2, seed 0' in text
     assert [r.preset for r in metrics.read_results(tmp_path/'out'/'result.json')][0] == 'LAPTOP, batch=8, sharp=1, rounds=1'
     assert (tmp_path/'out'/'table.md').read_text().count('\n') == 6 and (tmp_path/'out'/'chart.png').stat().st_size > 3000
-    page = (tmp_path/'out'/'report.html').read_text(); assert 'A single seed' in page and 'shared 3 times' in page
+    page = (tmp_path/'out'/'report.html').read_text(); assert 'A single seed' in page and 'shared 3 times' in page and 'Other than in LAPTOP: batch=8.' in page
     code, text = command(capsys, *words); assert code == 2 and '--resume' in text
     code, text = command(capsys, *words, '--resume'); assert code == 0 and text.count('is there') == 4
+    code, text = command(capsys, *words, '--resume', '--metric', 'mIoU'); assert code == 2 and 'cross entropy' in text
     assert command(capsys, 'results', tmp_path/'out')[1].count('| staged | LAPTOP, batch=8, sharp=') == 4
     assert len(json.loads((tmp_path/'out'/'sharp=1,rounds=1'/'seed0'/'classes.json').read_text())) == 8
 

@@ -20,15 +20,6 @@ CHANGED = {'gate dot, 72 patches as tails': dict(gate='dot', tails='patches', ne
            'without CRE': dict(w_cre=0.), 'without URE': dict(w_ure=0.), 'without GCR': dict(gcr=False)}  # Of LAPTOP
 
 
-def joined(per_seed):
-    "Records of several seeds as one each; a metric that some seed could not give is named and left out."
-    from wsl_nb.metrics import combine
-    names = [r.metric for r in per_seed[0] if all(any(q.metric == r.metric for q in rows) for rows in per_seed)]
-    lost = {r.metric for rows in per_seed for r in rows} - set(names)
-    if lost: print('not in every seed, left out:', ', '.join(sorted(lost)))
-    return [combine([next(q for q in rows if q.metric == n) for rows in per_seed]) for n in names]
-
-
 def scored(cfg, folder):
     "Test records of one run of the demo's form, from its folder if it is there."
     from wsl_nb.metrics import read_results, write_results
@@ -42,15 +33,13 @@ def scored(cfg, folder):
 
 def ablation(runs, out):
     "LAPTOP with one thing changed."
-    from wsl_nb.metrics import write_results
+    from wsl_nb import more_recipe
     from wsl_nb.more_base import LAPTOP
-    records = []
-    for name, change in CHANGED.items():
-        word = name.replace(', ', '_').replace(' ', '_')
-        per_seed = [scored(replace(LAPTOP, seed=s, **change), runs / word / f'seed{s}') for s in SEEDS]
-        records += [replace(r, preset=f'LAPTOP, {name}') for r in joined(per_seed)]
-        shutil.copy(runs / word / 'seed0' / 'config.yaml', out / f'config_{word}.yaml')
-    write_results(out / 'result.json', records)
+    from wsl_nb.training_ablate import ablate, folder_name
+    runs = runs / 'ablation'
+    ablate(more_recipe, LAPTOP, CHANGED, more_recipe.demo_data, runs, SEEDS, 'test', 'last', (runs / 'ablation.json').exists(), 'LAPTOP')
+    shutil.copy(runs / 'result.json', out)
+    for name in CHANGED: shutil.copy(runs / folder_name(name) / 'seed0' / 'config.yaml', out / f'config_{name.replace(", ", "_").replace(" ", "_")}.yaml')
 
 
 def protocols(runs, out):
@@ -59,6 +48,7 @@ def protocols(runs, out):
     from wsl_nb.more_base import LAPTOP
     from wsl_nb.more_protocols import PROTOCOLS, evaluate_protocols, every_switch
     from wsl_nb.more_recipe import demo_data, load_run
+    from wsl_nb.training_ablate import joined
     per_seed, data = [], demo_data(LAPTOP)
     for s in SEEDS:
         cfg, folder = replace(LAPTOP, seed=s), runs / 'laptop' / f'seed{s}'

@@ -360,7 +360,7 @@ def draw_lines(
     "A line with its points for each series, over places that have an order."
     figure, ax = chart(max(3, .8 + .5 * len(names)), 2.2); colours = class_colours(len(series))
     for i, (name, values) in enumerate(series.items()):
-        ax.errorbar(range(len(names)), to_array(values), None if errors is None else to_array(errors[name]), label=name, color=colours[i], marker='o', markersize=3, linewidth=1.2, elinewidth=.8, capsize=2)
+        ax.errorbar(range(len(names)), to_array(values), None if errors is None else to_array(errors[name]), label=name, color=colours[i], linestyle=('-', '--', ':', '-.')[i % 4], marker='o', markersize=3, linewidth=1.2, elinewidth=.8, capsize=2) # equal lines stay visible
     ax.set_xticks(range(len(names)), names); ax.set_xlabel(place); ax.set_ylabel(unit); ax.set_title(title)
     if len(series) > 1: ax.legend(frameon=False, loc='center left', bbox_to_anchor=(1.0, .5))
     return figure
