@@ -228,7 +228,7 @@ def test_batch_size_is_measured_until_the_memory_is_used(capsys):
     rows = [line.split('|')[1:4] for line in text.splitlines() if line.startswith('| ') and line.split('|')[1].strip().isdigit()]
     assert code == 0 and [int(r[0]) for r in rows] == [1, 2] and all(float(r[1]) > 0 for r in rows)
     used = [float(r[2]) for r in rows]; assert used[0] <= used[1] * 1.02 and used[0] > .1
-    code, text = command(capsys, 'doctor', 'more', '--find-batch-size', '--memory', '0.05'); assert code == 2 and 'not one image fits' in text
+    code, text = command(capsys, 'doctor', 'more', '--find-batch-size', '--memory', '0.05'); assert code == 2 and 'no batch fits' in text
     code, text = command(capsys, 'doctor', '--find-batch-size'); assert code == 2 and 'METHOD' in text
 
 

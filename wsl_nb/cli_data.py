@@ -163,13 +163,15 @@ def trial(
     name: str, # Method
     preset: str, # Recipe
     batch: int, # Images an update
-) -> dict | None: # From the method's `step_cost`, and `idle`: GB before the first update; None if there is not enough memory
+) -> dict | None: # From the method's `step_cost`, and `idle`: GB before the first update; or `refused`: why; None if there is not enough memory
     "A few updates; run by `in_own_process`, so that the memory is theirs alone."
     import torch
     from accelerate import PartialState
     from wsl_nb.cli import method, presets
-    module = method(name); idle = module.peak_memory(PartialState().device) if hasattr(module, 'peak_memory') else 0.
+    from wsl_nb.training_records import peak_memory
+    module = method(name); idle = peak_memory(PartialState().device)
     try: return module.step_cost(presets(module)[preset], batch=batch) | dict(idle=idle)
+    except ValueError as e: return dict(refused=str(e).splitlines()[0]) # such as a normalisation over one image
     except (MemoryError, RuntimeError) as e: # PyTorch has a type for full GPUs alone
         if isinstance(e, (MemoryError, torch.cuda.OutOfMemoryError)) or 'memory' in str(e): return None
         raise
@@ -203,19 +205,21 @@ def find_batch_size(
     most: int | None = None, # Largest batch to try; None: until it no longer fits
     say=print, # Gets a line for each trial
 ) -> list: # Dicts batch, images a second, GB: those that fit
-    "Speed and memory of 1, 2, 4, … images an update. A batch that would exceed the limit if memory went on growing as before is not tried. Raises: `BadInput` if not even one image fits."
+    "Speed (each phase of the training counts by its updates, where the method says how many) and memory of 1, 2, 4, … images an update. A batch that would exceed the limit if memory went on growing as before is not tried. Raises: `BadInput` if no batch fits."
     from wsl_nb.core import require
-    rows, used, batch = [], [], 1
-    while most is None or batch <= most:
-        guess = used[-1] + max(0., used[-1] - used[-2]) * (2 if batch > 2 else 1) if rows else 0. # from b/2 to b it grows twice as much as from b/4 to b/2
+    rows, used = [], []
+    for batch in (2 ** i for i in range(21)):
+        if most and batch > most: break
+        guess = used[-1] + max(0., used[-1] - used[-2]) * (2 if len(rows) > 1 else 1) if rows else 0. # from b/2 to b it grows twice as much as from b/4 to b/2; the first growth includes the model
         if guess > limit: say(f'batch {batch}: not tried, it may take {guess:.2g} of {limit:.2g} GB'); break
         cost = measure(batch)
+        if cost and 'refused' in cost: say(f'batch {batch}: refused: {cost["refused"]}'); continue
         if cost is None or cost['gigabytes'] > limit: say(f'batch {batch}: does not fit'); break
         require(most or not math.isnan(cost['gigabytes']), 'a system that does not tell how much memory a process uses', '--batch N', 'say how many images to try at the most')
-        updates = [n for _, n in cost['phases']]; used += [cost.get('idle', 0.)][:not rows] + [cost['gigabytes']]
+        updates = [1 if isinstance(p, str) else p[1] for p in cost['phases']]; used += [cost.get('idle', 0.)][:not rows] + [cost['gigabytes']]
         rows.append({'batch': batch, 'images a second': sum(updates) / sum(n * s for n, s in zip(updates, cost['seconds'])), 'GB': cost['gigabytes']})
-        say(f'batch {batch}: {rows[-1]["images a second"]:.3g} images a second, {cost["gigabytes"]:.3g} GB'); batch *= 2
-    require(rows, 'a recipe of which not one image fits', f'at most {limit:.3g} GB', 'free memory, or take a smaller model or crop')
+        say(f'batch {batch}: {rows[-1]["images a second"]:.3g} images a second, {cost["gigabytes"]:.3g} GB')
+    require(rows, 'a recipe of which no batch fits', f'at most {limit:.3g} GB', 'free memory, or take a smaller model or crop')
     return rows
 
 # %% ../nbs/17a_cli_data.ipynb #c885af31
