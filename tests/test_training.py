@@ -1,5 +1,6 @@
 """The run, proven on a linear classifier."""
-import json, os, random, shutil, signal, socket, subprocess, sys, time
+import json, math, os, random, shutil, signal, socket, subprocess, sys, time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from safetensors.torch import load_file
 
 import linear_method as lm
 from training_child import prepare
-from wsl_nb import core, training
+from wsl_nb import affinity_base, affinity_recipe, core, training
 from wsl_nb import training_checkpoint as disk
 from wsl_nb.training_order import Order
 
@@ -29,28 +30,31 @@ def whole(out, method='linear', **changes):
     return module.train(cfg, data, out)
 
 
-def final(out): return load_file(disk.checkpoint(out)/'model.safetensors')
-def log(out): return [{k: v for k, v in json.loads(l).items() if k != 'images_per_second'} for l in (out/'log.jsonl').read_text().splitlines()]
+def trained(out): return [out] if (out/'checkpoints').exists() else sorted(p.parent for p in out.glob('*/checkpoints')) # Folders with checkpoints: of the run, or of its stages
+def final(out): return {('' if f == out else f'{f.name}.') + k: v for f in trained(out) for k, v in load_file(disk.checkpoint(f)/'model.safetensors').items()}
+def log(out): return [{k: v for k, v in json.loads(l).items() if k != 'images_per_second'} for f in trained(out) for l in (f/'log.jsonl').read_text().splitlines()]
+def files(out): return {p.relative_to(out).as_posix(): p.read_bytes() for p in sorted(out.glob('*/files/*')) if p.is_file()} # What stages write for the next; folders are spares of a kill
 
 
 def same(a, b):
-    "Weights bit for bit, and logs."
+    "Weights and files bit for bit, and logs."
     x, y = final(a), final(b)
     assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
     assert log(a) == log(b)
+    x, y = files(a), files(b)
+    assert x.keys() == y.keys() and not [k for k in x if x[k] != y[k]]
 
 
 def child(out, *rest, method='linear', env=ENV): return subprocess.Popen([sys.executable, str(HERE/'training_child.py'), method, str(out), *rest], env=env, cwd=HERE,
                                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 def flags(changes): return [f'{k}={v}' for k, v in changes.items()]
-def done(out): return len((out/'log.jsonl').read_text().splitlines()) if (out/'log.jsonl').exists() else 0
+def done(out): return sum(len(p.read_text().splitlines()) for p in (out/'log.jsonl', *out.glob('*/log.jsonl')) if p.exists()) + len(files(out)) # Lines of logs and files of stages
 
 
-def kill_and_resume(out, kills, method, seed=0, **changes):
-    "Kills the run at random instants, resuming each time, then lets it end."
-    pick, steps = random.Random(seed), prepare(method, changes)[1].steps
-    marks = sorted(pick.sample(range(1, steps), kills))
-    for mark in marks:
+def kill_and_resume(out, kills, method, whole, seed=0, **changes):
+    "Kills the run at random instants of what `whole` did, or at those given, resuming each time, then lets it end."
+    pick = random.Random(seed)
+    for mark in sorted(pick.sample(range(1, done(whole) - 5), kills)) if isinstance(kills, int) else kills:
         job = child(out, '--pause', '0.03', *flags(changes), method=method)
         while job.poll() is None and done(out) < mark: time.sleep(0.002)
         time.sleep(pick.random() * 0.06)
@@ -61,22 +65,23 @@ def kill_and_resume(out, kills, method, seed=0, **changes):
     assert job.returncode == 0, text
 
 
-@pytest.mark.parametrize('method', ['linear', 'more'])
-def test_two_kills(tmp_path, method):
-    changes = dict(workers=1, accumulate=2)
+@pytest.mark.parametrize('method, kills', [('linear', 2), ('more', 2), ('affinity', (10, 19))], ids=lambda v: v if isinstance(v, str) else '')
+def test_two_kills(tmp_path, method, kills):
+    "AffinityNet: in the middle of its label files, and in its second network; workers would make its CRF start processes."
+    changes = dict(workers=int(method != 'affinity'), accumulate=2)
     whole(tmp_path/'whole', method, **changes)
-    kill_and_resume(tmp_path/'killed', 2, method, **changes)
+    kill_and_resume(tmp_path/'killed', kills, method, tmp_path/'whole', **changes)
     same(tmp_path/'whole', tmp_path/'killed')
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('method', ['linear', 'more'])
+@pytest.mark.parametrize('method', ['linear', 'more', 'affinity'])
 @pytest.mark.parametrize('workers', [1, 2])
 @pytest.mark.parametrize('accumulate', [1, 2])
 def test_ten_kills(tmp_path, method, workers, accumulate):
     changes = dict(workers=workers, accumulate=accumulate)
     whole(tmp_path/'whole', method, **changes)
-    kill_and_resume(tmp_path/'killed', 10, method, seed=workers * 2 + accumulate, **changes)
+    kill_and_resume(tmp_path/'killed', 10, method, tmp_path/'whole', seed=workers * 2 + accumulate, **changes)
     same(tmp_path/'whole', tmp_path/'killed')
 
 
@@ -120,6 +125,66 @@ def test_more_resumes_before_and_after_its_switch(tmp_path):
         module, cfg, data = prepare('more', changes)
         module.train(cfg, data, cut, resume=True)
         same(tmp_path/'a', cut)
+
+
+@pytest.fixture(scope='module')
+def stages(tmp_path_factory):
+    "An uninterrupted run of AffinityNet, all checkpoints kept."
+    out, before = tmp_path_factory.mktemp('stages')/'whole', torch.get_num_threads(); torch.set_num_threads(1)
+    whole(out, 'affinity', accumulate=2, keep_last=9)
+    torch.set_num_threads(before)
+    return out
+
+
+@pytest.mark.parametrize('stage', affinity_recipe.STAGES)
+def test_affinity_resumes_inside_every_stage(tmp_path, capsys, stages, stage):
+    "Cut back to the middle of a stage, with what a kill leaves behind: the rest is made again bit for bit, what came before is not touched."
+    cut, names = Path(shutil.copytree(stages, tmp_path/'cut')), affinity_recipe.STAGES; at = names.index(stage)
+    for later in names[at + 1:]: shutil.rmtree(cut/later)
+    for note in (cut/'result.json', cut/stage/'result.json'): note.unlink()
+    if stage in affinity_base.TRAINED: shutil.rmtree(disk.checkpoint(cut/stage))
+    else:
+        made = sorted((cut/stage/'files').iterdir())
+        for file in made[1::2]: file.unlink()
+        (made[0].parent/f'.{made[1].name}.kill').mkdir(); (made[0].parent/f'.{made[1].name}.kill'/made[1].name).write_bytes(b'half')
+    times = {p: p.stat().st_mtime_ns for s in names[:at] for p in (cut/s).rglob('*') if p.is_file()}; kept = files(cut)
+    module, cfg, data = prepare('affinity', dict(accumulate=2, keep_last=9)); capsys.readouterr()
+    result = module.train(cfg, data, cut, resume=True)
+    same(stages, cut)
+    assert times == {p: p.stat().st_mtime_ns for p in times} and kept.items() <= files(cut).items()
+    text = capsys.readouterr().out; assert [s for s in names if f'{s}: done' in text] == list(names[:at])
+    assert result['stages'] == json.loads((stages/'result.json').read_text())['stages'] and result['steps'] == 12
+
+
+def test_affinity_of_a_finished_run_is_its_result_and_a_changed_field_is_named(tmp_path, stages):
+    cut = Path(shutil.copytree(stages, tmp_path/'again')); module, cfg, data = prepare('affinity', dict(accumulate=2, keep_last=9))
+    again, first = module.train(cfg, data, cut, resume=True), json.loads((stages/'result.json').read_text())
+    assert {k: v for k, v in again.items() if k != 'seconds'} == {k: v for k, v in first.items() if k != 'seconds'}
+    same(stages, cut)
+    with pytest.raises(core.BadInput, match=r'walk_steps: 8 -> 9'): module.train(replace(cfg, walk_steps=9), data, cut, resume=True)
+    with pytest.raises(core.BadInput, match='empty or new'): module.train(cfg, data, cut)
+
+
+def test_affinity_accumulates_over_micro_batches(tmp_path):
+    """One pass of 4 images against two passes of 2, frozen batch normalisation, no augmentation: the classifier's term is a mean over images and agrees.
+
+    bg, fg and neg are means over the pairs of a whole micro-batch, seg over its decided pixels: images with few of them weigh more in small batches.
+    """
+    changes = dict(bn='frozen', jitter=(0., 0., 0., 0.), steps=1, stages=('classifier', 'labels', 'affinity'))
+    for name, more in dict(a=dict(batch=4, accumulate=1), b=dict(batch=2, accumulate=2)).items(): whole(tmp_path/name, 'affinity', **changes, **more)
+    a, b = ([l['terms'] for l in log(tmp_path/x) if 'terms' in l] for x in 'ab')
+    assert a[1]['cls'] == pytest.approx(b[1]['cls'], abs=1e-6)
+    x, y = final(tmp_path/'a'), final(tmp_path/'b')
+    assert all((x[k] - y[k]).abs().max() < 1e-5 for k in x if k.startswith('classifier.'))
+    assert any(abs(a[0][k] - b[0][k]) > 1e-4 for k in ('bg', 'fg', 'neg')), 'these are counted over a micro-batch'
+
+
+def test_affinity_in_bf16(tmp_path):
+    "Every term of every stage is finite, every file is there, and the walk's affinities are in float32."
+    whole(tmp_path/'a', 'affinity', precision='bf16')
+    lines = [l for l in log(tmp_path/'a') if 'terms' in l]
+    assert len(lines) == 12 and all(math.isfinite(v) for l in lines for v in (*l['terms'].values(), l['gradient_norm'])) and len(files(tmp_path/'a')) == 24
+    assert all(v.isfinite().all() for v in final(tmp_path/'a').values())
 
 
 def test_workers_do_not_matter(tmp_path):
@@ -225,6 +290,25 @@ def test_two_processes_equal_accumulation(tmp_path):
     a, b = ([l['total'] for l in log(tmp_path/x) if 'total' in l] for x in ('one', 'two'))
     assert a == pytest.approx(b, abs=1e-6)
     assert [l['scores'] for l in log(tmp_path/'two') if 'scores' in l] == [l['scores'] for l in log(tmp_path/'one') if 'scores' in l]
+
+
+def test_affinity_in_two_processes_equals_accumulation(tmp_path):
+    """N processes of micro-batch b give one process with b and N passes, in every term of every stage, as each term is computed on a micro-batch in both.
+
+    Batch normalisation is frozen: where it learns, each process has statistics of its own, and those of the first are kept. Files are shared out; every image has one.
+    """
+    changes = dict(bn='frozen', workers=0)
+    whole(tmp_path/'one', 'affinity', accumulate=2, **changes)
+    codes, texts = two_processes(tmp_path/'two', 'affinity', accumulate=1, **changes)
+    assert codes == [0, 0], texts
+    a, b = ([l['terms'] for l in log(tmp_path/x) if 'terms' in l] for x in ('one', 'two'))
+    assert [set(x) for x in a[::4]] == [{'bg', 'fg', 'neg'}, {'cls'}, {'seg'}] and len(a) == 12 and all(x == pytest.approx(y, rel=1e-4, abs=1e-6) for x, y in zip(a, b))
+    one, two = final(tmp_path/'one'), final(tmp_path/'two')
+    assert one.keys() == two.keys() and max((one[k] - two[k]).abs().max().item() for k in one) < 1e-5
+    assert files(tmp_path/'one').keys() == files(tmp_path/'two').keys()
+    one, two = (json.loads((tmp_path/x/'result.json').read_text())['records'] for x in ('one', 'two'))
+    assert [r['metric'] for r in one] == [r['metric'] for r in two] and [r['value'] for r in one] == pytest.approx([r['value'] for r in two], rel=1e-3, abs=1e-3)
+    assert not any('Warning' in t for t in texts), texts
 
 
 def test_more_in_two_processes_equals_accumulation(tmp_path):

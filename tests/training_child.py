@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from wsl_nb import training
+from wsl_nb import affinity_base, training
 from wsl_nb.data import embedded
 from wsl_nb.more_base import LAPTOP
 
@@ -29,7 +29,16 @@ def more():
     return more_recipe, MORE_TINY, lambda cfg: embedded(cfg.data_preset, size=cfg.crop, train=cfg.data_train, val=cfg.data_eval, test=0)
 
 
-METHODS = dict(linear=linear, more=more) # a method joins here with a config of some seconds
+AFFINITY_TINY = replace(affinity_base.LAPTOP, data_train=12, data_eval=2, crop=64, scales=(1., .5), walk_steps=8, steps=4, batch=2, checkpoint_every=2, log_every=1) # All five stages in two seconds
+
+
+def affinity():
+    "AffinityNet at the size of a stamp, on drawn images."
+    from wsl_nb import affinity_recipe
+    return affinity_recipe, AFFINITY_TINY, lambda cfg: embedded(cfg.data_preset, size=cfg.crop, train=cfg.data_train, val=cfg.data_eval, test=0)
+
+
+METHODS = dict(linear=linear, more=more, affinity=affinity) # a method joins here with a config of some seconds
 
 
 def prepare(method, changes):
@@ -45,13 +54,21 @@ def value(text):
     except (ValueError, SyntaxError): return text
 
 
+def slow_files(pause):
+    "A pause before each label file."
+    from wsl_nb import affinity_labels
+    old = affinity_labels.crf_many
+    affinity_labels.crf_many = lambda *args, **kwargs: (time.sleep(pause) or found for found in old(*args, **kwargs))
+
+
 def main(method, out, *rest):
-    "Trains; a pause after each update leaves time for a kill."
+    "Trains; a pause after each update, and before each file of a stage that writes files, leaves time for a kill."
     pause = float(rest[rest.index('--pause') + 1]) if '--pause' in rest else 0.
     module, cfg, data = prepare(method, {k: value(v) for k, v in (r.split('=', 1) for r in rest if '=' in r)})
     update = training.Run.update
     def slow(self, *args, **kwargs): update(self, *args, **kwargs); time.sleep(pause)
     training.Run.update = slow
+    if method == 'affinity': slow_files(pause)
     torch.set_num_threads(1)
     return module.train(cfg, data, pathlib.Path(out), resume=(pathlib.Path(out)/'config.yaml').exists())
 
