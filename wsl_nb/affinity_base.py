@@ -58,7 +58,9 @@ class AffinityNetConfig(RunConfig):
     beta: float = 8. # Power of the affinities before the walk
     walk_steps: int = 256 # Steps of the random walk
     cam_background: float = .2 # Constant background score where a CAM becomes a label map without a walk
-    colour: float = 4. # Factor of colours in [0,1] in the walk by colours alone, a baseline
+    crf_background: float = .2 # The same where a dense CRF follows
+    colour: float = 20. # Factor of colours in [0,1] in the walk by colours alone, a baseline
+    colour_steps: int = 256 # Steps of that walk
     crf: bool = False # Dense CRF after the walk, before pseudo labels are written
     tags: Literal['given', 'predicted'] = 'given' # Classes of an image at evaluation: its labels, or what the classifier predicts
     # losses
@@ -76,7 +78,8 @@ class AffinityNetConfig(RunConfig):
     segment_batch: int = 16 # Images an update of stage 3
     segment_lr: float = .007 # Rate of stage 3
     segment_scale: tuple[float, float] = (.5, 1.5) # Least and largest scale of a view of stage 3
-    later_init: Literal['init', 'classifier'] = 'init' # AffinityNet and the final network start from the weights of `init`, or from the trained classifier
+    affinity_init: Literal['init', 'classifier'] = 'init' # AffinityNet starts from the weights of `init`, or from the trained classifier (joint training always)
+    segment_init: Literal['init', 'classifier'] = 'init' # The final network starts from the weights of `init`, or from the trained classifier
     head_lr: float = 10. # Rate of new layers over that of the backbone
     bias_lr: float = 2. # Rate of biases over that of weights
     # RunConfig fields that the scripts set
@@ -105,10 +108,10 @@ CHANGES = dict(
 PET = replace(VOC_OFFICIAL, layout='pet', train_split='train', stages=('classifier', 'labels', 'affinity', 'pseudo', 'segment'), border='full', momentum=.9, classifier_lr=.01, affinity_lr=.01,
     weight_decay=1e-4, lr_max=.3, long_side=(320, 512), classifier_epochs=10, crf=True)
 
-# %% ../nbs/04b_affinity_base.ipynb #8030f34e
-LAPTOP = replace(PET, layout='embedded', backbone='small', bn='train', frozen_until='', dropout=0., head=(16, 16, 16, 32), grid=4, segment_head='small', crop=96, view='whole', jitter=(.2, 0., 0., 0.),
-    scales=(1., 1.5), alpha=8., alpha_low=1., alpha_high=8., walk_steps=16, beta=8., optimizer='adamw', schedule='onecycle', weight_decay=.02, momentum=.9, bias_lr=1., head_lr=1., lr_max=.01,
-    classifier_epochs=10, classifier_batch=32, classifier_lr=5e-3, affinity_epochs=6, affinity_batch=32, affinity_lr=3e-3, segment_epochs=5, segment_batch=32, segment_lr=3e-3, later_init='classifier',
+# %% ../nbs/04b_affinity_base.ipynb #65f058f6
+LAPTOP = replace(PET, layout='embedded', data_train=1200, backbone='small', bn='train', frozen_until='', dropout=0., head=(16, 16, 16, 32), grid=4, segment_head='small', crop=96, view='whole', jitter=(.2, 0., 0., 0.),
+    scales=(1., 1.5), alpha=32., alpha_low=1., alpha_high=8., walk_steps=16, cam_background=.3, crf_background=.05, colour=20., colour_steps=256, optimizer='adamw', schedule='onecycle', weight_decay=.02, momentum=.9, bias_lr=1., head_lr=1., lr_max=.01,
+    classifier_epochs=14, classifier_batch=32, classifier_lr=5e-3, affinity_epochs=9, affinity_batch=32, affinity_lr=3e-3, segment_epochs=8, segment_batch=32, segment_lr=3e-3, segment_init='classifier', segment_scale=(1., 1.),
     checkpoint_every=0, log_every=10)
 PRESETS = dict(PET=PET, VOC_OFFICIAL=VOC_OFFICIAL, LAPTOP=LAPTOP) # Recipes by name
 

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'KINDS', 'Pipeline', 'Protocol', 'present_classes', 'class_logits', 'segment_scores', 'score_maps',
-           'label_maps', 'Tally', 'how_made', 'evaluate_protocols', 'evaluate', 'stage_scores']
+           'label_maps', 'Tally', 'how_made', 'evaluate_protocols', 'evaluate', 'stage_scores', 'evaluation_files']
 
 # %% ../nbs/04e_affinity_scores.ipynb #d2d8dc73
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -92,10 +93,10 @@ def score_maps(
     final = segment_scores(model.segment, pictures) if model.segment is not None and 'final network' in kinds else None
     for i, (picture, own, cam) in enumerate(zip(pictures, classes, cams)):
         ids, found = np.append(0, np.array(own, np.int64) + 1).astype(np.uint8), {}
-        if {'CAM', 'CAM + CRF'} & set(kinds): plain = unit_sum(torch.cat([torch.full_like(cam[:1], cfg.cam_background), cam]))
-        if 'CAM' in kinds: found['CAM'] = plain, ids, False
-        if 'CAM + CRF' in kinds: found['CAM + CRF'] = plain, ids, True
-        if 'colour walk' in kinds: found['colour walk'] = walked(colour_embedding(picture, cfg)[0], cam, cfg), ids, False
+        flat = lambda background: unit_sum(torch.cat([torch.full((1, *cam.shape[-2:]), background), cam]))
+        if 'CAM' in kinds: found['CAM'] = flat(cfg.cam_background), ids, False
+        if 'CAM + CRF' in kinds: found['CAM + CRF'] = flat(cfg.crf_background), ids, True
+        if 'colour walk' in kinds: found['colour walk'] = walked(colour_embedding(picture, cfg)[0], cam, cfg, cfg.colour_steps), ids, False
         if learnt is not None:
             spread = unit_sum(walked(learnt[i], cam, cfg))
             for kind in ('walk', 'walk + CRF'):
@@ -158,7 +159,8 @@ def how_made(
     kind = next(k for k in sorted(KINDS, key=len, reverse=True) if metric.startswith(k))
     crf = f'{crf_backend()}, {CRF.iterations} iterations' if '+ CRF' in kind else 'none'
     if kind == 'final network': return dict(labels='image-level', tags='none', scales='1 and mirror', size='of the file', crf='none', threshold='argmax', border=p.border)
-    threshold = f'background {cfg.cam_background}' if 'CAM' in kind else f'alpha {cfg.alpha:g}, beta {cfg.beta:g}, {cfg.walk_steps} steps'
+    steps = f'colours times {cfg.colour:g}, {cfg.colour_steps} steps' if kind == 'colour walk' else f'{cfg.walk_steps} steps'
+    threshold = f'background {cfg.crf_background if "CRF" in kind else cfg.cam_background}' if 'CAM' in kind else f'alpha {cfg.alpha:g}, beta {cfg.beta:g}, {steps}'
     return dict(labels='image-level', tags=f'{p.tags}', scales=f'{cfg.scales} and mirror', size='of the file', crf=crf, threshold=threshold, border=p.border)
 
 # %% ../nbs/04e_affinity_scores.ipynb #9523e97f
@@ -216,3 +218,28 @@ def stage_scores(
     kind, first = dict(classifier=('CAM', 'tags F1'), affinity=('walk', 'walk mIoU'), segment=('final network', 'final network mIoU'))[stage]
     parts = dict(classifier=before.classifier, affinity=before.affinity) | {stage: model}
     return sorted(evaluate(Pipeline(**parts), split, cfg, (kind,)), key=lambda r: r.metric != first)
+
+# %% ../nbs/04e_affinity_scores.ipynb #d35ea30c
+def evaluation_files(
+    model: Pipeline, # Of `load_run`
+    split, # `data.Split` with masks
+    cfg: AffinityNetConfig, # Recipe; its `tags`
+    out: Path, # New folder
+) -> list[str]: # Names of the files that were written
+    "For each image a picture of truth and label maps with their IoU; the scores of all images as arrays (scores.npz); their means as a chart (metrics.png)."
+    from wsl_nb.viz import draw_bars, draw_labels, save_figure
+    out, rows, shown = Path(out), {}, {}
+    view = split.view(('image', 'label', 'mask'))
+    def _close(s):
+        "Writes the picture of an image when all its maps are there."
+        maps = shown.pop(s['id']); titles = ['truth', *(f'{k} {100 * rows[k][-1][3]:.0f}' for k in maps)]
+        save_figure(out/f"{s['id'].replace('/', '_')}.png", draw_labels(s['image'], [s['mask'], *maps.values()], list(split.classes), titles))
+    last = None
+    for s, _, kind, labels in label_maps(model, view, cfg, cfg.tags, processes=cfg.workers):
+        if last is not None and last['id'] != s['id']: _close(last)
+        matrix = confusion_matrix(labels, s['mask'], len(split.classes) + 1); scores = binary_scores(fold_matrix(matrix)) if matrix.sum() else dict.fromkeys(('precision', 'recall', 'f1', 'iou'), float('nan'))
+        rows.setdefault(kind, []).append([scores[k] for k in ('precision', 'recall', 'f1', 'iou')]); shown.setdefault(s['id'], {})[kind] = labels; last = s
+    _close(last)
+    np.savez(out/'scores.npz', ids=np.array(list(view.ids)), columns=np.array(['precision', 'recall', 'f1', 'iou']), **{k.replace(' + ', '_').replace(' ', '_'): np.array(v, np.float64) for k, v in rows.items()})
+    save_figure(out/'metrics.png', draw_bars({k: 100 * np.nanmean(np.array(v), 0) for k, v in rows.items()}, ['precision', 'recall', 'F1', 'IoU'], unit='%, mean over images'))
+    return sorted(p.name for p in out.iterdir())

@@ -6,12 +6,13 @@
 __all__ = ['MODELS', 'COURSE', 'curve', 'snapshots', 'make_course', 'make', 'shipped', 'shipped_course']
 
 # %% ../nbs/19a_pretrain.ipynb #c6e5d83b
-import dataclasses, tempfile, time
+import dataclasses, importlib, tempfile, time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
+from . import affinity_base
 from .core import asset, require, save_asset
 from .data_farm import CLASSES
 from .more_base import LAPTOP, LAPTOP_BASELINE, MoReConfig
@@ -21,6 +22,7 @@ MODELS = dict(
     more_baseline=replace(LAPTOP_BASELINE, evaluate_every=100), # Plain multi-class-token ViT
     more_laptop=replace(LAPTOP, evaluate_every=100), # MoRe
     more_unwindowed=replace(LAPTOP, patch_window=None), # MoRe with full attention among patches
+    affinity_laptop=affinity_base.LAPTOP, # Classifier, AffinityNet and final network
 ) # Name -> recipe; all with one thread, from seed 0
 COURSE = dict(baseline=LAPTOP_BASELINE, MoRe=LAPTOP) # What `more_course` shows: name in pictures -> recipe
 
@@ -85,28 +87,30 @@ def make(
 ) -> None: # Weights and record are written
     "Trains a shipped model, or the course, and writes it. Raises: `BadInput` for an unknown name."
     from wsl_nb.metrics import to_row
-    from wsl_nb.more_recipe import load_run, train_and_score
     require(name in ('all', 'more_course', *MODELS), f'asset "{name}"', f'all, or one of {[*MODELS, "more_course"]}', 'check the name')
     if name in ('all', 'more_course'): make_course(folder, **changes)
     for each in MODELS if name == 'all' else [n for n in MODELS if n == name]:
-        cfg, began = replace(MODELS[each], **changes), time.process_time()
+        cfg, began, recipe = replace(MODELS[each], **changes), time.process_time(), importlib.import_module(f'wsl_nb.{each.split("_")[0]}_recipe')
         with tempfile.TemporaryDirectory() as run:
-            scores = train_and_score(cfg, run)
-            model, record = load_run(run, len(CLASSES))[0], dict(recipe=asdict(cfg), scores=[to_row(s) for s in scores], curve=curve(run))
+            scores = recipe.train_and_score(cfg, run)
+            curves = {s: curve(Path(run)/s) for s in getattr(recipe, 'TRAINED', ())} or curve(run)
+            model, record = recipe.load_run(run, len(CLASSES))[0], dict(recipe=asdict(cfg), scores=[to_row(s) for s in scores], curve=curves)
         save_asset(each, model.state_dict(), record | dict(cpu_seconds=round(time.process_time() - began), torch=torch.__version__), folder)
 
 # %% ../nbs/19a_pretrain.ipynb #faf34299
 def shipped(
     name: str, # Name in `MODELS`
     folder: str | Path | None = None, # Where to look; None: inside the package
-) -> tuple: # Model in evaluation mode, its recipe, `metrics.Result` records of the test split, curve
-    "A shipped MoRe model with the record of its making. Raises: `BadInput` if unknown or changed."
+) -> tuple: # Model in evaluation mode, its recipe, `metrics.Result` records of the test split, curve (of each stage, where a method has several)
+    "A shipped model with the record of its making. Raises: `BadInput` if unknown or changed."
+    from wsl_nb.affinity_own import assemble
     from wsl_nb.metrics import from_row
     from wsl_nb.more import MoRe
     tuples = lambda d: {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}
     state, record = asset(name, folder)
-    cfg = MoReConfig(**tuples(record['recipe']))
-    model = MoRe(cfg, len(CLASSES)); model.load_state_dict(state)
+    cfg = (affinity_base.AffinityNetConfig if name.startswith('affinity') else MoReConfig)(**tuples(record['recipe']))
+    if name.startswith('affinity'): model = assemble(cfg, len(CLASSES), state, name)
+    else: model = MoRe(cfg, len(CLASSES)); model.load_state_dict(state)
     return model.eval(), cfg, [from_row(s) for s in record['scores']], record['curve']
 
 # %% ../nbs/19a_pretrain.ipynb #cb53754e
