@@ -18,6 +18,8 @@ from wsl_nb.affinity_labels import CRF
 from wsl_nb.core import seed_everything, torch_rng
 from wsl_nb.data import example
 
+RADIUS, BETA = base.VOC_OFFICIAL.radius, base.VOC_OFFICIAL.beta
+
 
 def noise(*shape, key='bench'): return torch.randn(*shape, generator=torch_rng('bench affinity', key, *shape))
 
@@ -38,11 +40,14 @@ def resident_peak(run):
     "Megabytes by which the resident memory rises at most while `run` runs; None where the system does not say."
     gc.collect()
     try:
-        ctypes.CDLL('libc.so.6').malloc_trim(0)                                            # pages kept by the allocator would hide a rise
+        libc = ctypes.CDLL('libc.so.6')
+        libc.mallopt(-3, 2 ** 17); libc.malloc_trim(0)                                     # freed blocks go back at once: what is kept for later would hide a rise, or be one
         Path('/proc/self/clear_refs').write_text('5')                                      # the peak starts again
     except (OSError, AttributeError): return None
     before = status('VmRSS'); kept = run()                                                 # the result counts
-    return status('VmHWM') - before
+    peak = status('VmHWM') - before
+    libc.mallopt(-3, 2 ** 25)                                                              # large blocks are kept again, as they are by default after a while
+    return peak
 
 
 def tensor_peak(run):
@@ -61,25 +66,33 @@ def megabytes(**forms):
 
 # --- walk ------------------------------------------------------------------------------------------------------------
 
-def walk_rows(quick, repeats, now):
-    "From affinities to scores after 256 steps; a smooth embedding with an edge, two score maps."
-    side, radius, beta, doublings = (12, 5, 8., 4) if quick else (64, 5, 8., 8)
-    e = F.interpolate(noise(1, 16, side // 4, side // 4), size=(side, side), mode='bilinear') * .3
+def walk_scene(side, roughness):
+    "(affinities on the grid, the same in a list with its pairs, two score maps); a smooth embedding with an edge and so much noise."
+    e = F.interpolate(noise(1, 16, side // 4, side // 4), size=(side, side), mode='bilinear') * .3 + roughness * noise(1, 16, side, side)
     e[..., side // 2:] += 1
-    pairs = plain.listed_pairs(side, side, radius, 'partial')
-    listed = torch.exp(-plain.gathered_distances(e, pairs))[0]
-    scores = torch.stack([e[0, 0].sigmoid(), e[0, 1].sigmoid()])
-    grid = af.pair_affinities(e, radius, 'partial')[0]
-    slow = lambda: plain.squared_walk(scores, listed, pairs, beta, doublings)
-    fast = lambda: af.random_walk(scores, af.transition(grid, (side, side), radius, 'partial', beta), 2 ** doublings)
-    exact = plain.exact_walk(scores, listed, pairs, beta, 2 ** doublings)
+    pairs = plain.listed_pairs(side, side, RADIUS, 'partial')
+    return af.pair_affinities(e, RADIUS, 'partial')[0], torch.exp(-plain.gathered_distances(e, pairs))[0], pairs, torch.stack([e[0, 0].sigmoid(), e[0, 1].sigmoid()])
+
+
+def walk_forms(side, doublings, roughness=0.):
+    "Functions that walk: dense, ours; and the scores before and after, in float64."
+    grid, listed, pairs, scores = walk_scene(side, roughness)
+    slow = lambda: plain.squared_walk(scores, listed, pairs, BETA, doublings)
+    fast = lambda: af.random_walk(scores, af.transition(grid, (side, side), RADIUS, 'partial', BETA), 2 ** doublings)
+    return slow, fast, scores, plain.exact_walk(scores, listed, pairs, BETA, 2 ** doublings)
+
+
+def walk_rows(quick, repeats, now):
+    "From affinities to two score maps after 256 steps; on a rough embedding many cells have hardly a neighbour, where rounding counts most."
+    side, doublings = (12, 4) if quick else (64, 8)
+    slow, fast, scores, exact = walk_forms(side, doublings)
     fast(); slow_runs, fast_runs = (alternate(dict(it=f), n, now, 0)['it'] for f, n in ((slow, 1 if quick else max(1, repeats - 1)), (fast, 5 * repeats)))
-    memory, whole = megabytes(ours=fast, dense=slow), fast()
-    yield Row(f'random walk, {side}x{side}, 2 channels, {2 ** doublings} steps; plain: dense squaring', statistics.median(slow_runs), statistics.median(fast_runs), apart(whole, exact), 1e-5, 100,
+    rough_slow, rough_fast, rough_scores, rough = walk_forms(side, doublings, 1.)
+    errors = {'smooth': dict(ours=apart(fast(), exact), dense=apart(slow(), exact)), 'rough': dict(ours=apart(rough_fast(), rough), dense=apart(rough_slow(), rough))}
+    yield Row(f'random walk, {side}x{side}, 2 channels, {2 ** doublings} steps; plain: dense squaring', statistics.median(slow_runs), statistics.median(fast_runs), errors['smooth']['ours'], 1e-5, 100,
               dict(plain=[min(slow_runs), max(slow_runs)], fast=[min(fast_runs), max(fast_runs)]),
-              {'error of dense squaring, against the float64 walk as ours': apart(slow(), exact), 'extra MB (aim: ours 10)': memory})
-    moved = apart(exact, scores)
-    yield Row('... how far the walk moves a score (a walk that does nothing would agree with itself)', more=dict(largest=moved))
+              {'errors against the float64 walk (aim: ours 1e-5)': errors, 'largest change of a score': dict(smooth=apart(exact, scores), rough=apart(rough, rough_scores)),
+               'extra MB (aim: ours 10)': megabytes(ours=fast, dense=slow)})
 
 
 # --- pair distances --------------------------------------------------------------------------------------------------
@@ -87,14 +100,13 @@ def walk_rows(quick, repeats, now):
 def pair_rows(quick, repeats, now):
     "Forward and backward of one image at the width and grid of a 448-pixel crop."
     width, side = (12, 13) if quick else (448, 56)
-    e, radius = noise(1, width, side, side).requires_grad_(), 5
-    pairs = plain.listed_pairs(side, side, radius, 'partial')
+    e, pairs = noise(1, width, side, side).requires_grad_(), plain.listed_pairs(side, side, RADIUS, 'partial')
     weight = noise(1, len(pairs[0]), key='weight')
     def slow():
         d = plain.gathered_distances(e, pairs)
         return d.detach(), torch.autograd.grad((d * weight).sum(), e)[0]
     def fast():
-        d = af.pair_distances(e, radius, 'partial').flatten(1)
+        d = af.pair_distances(e, RADIUS, 'partial').flatten(1)
         return d.detach(), torch.autograd.grad((d * weight).sum(), e)[0]
     error = max(map(apart, slow(), fast()))
     memory = megabytes(ours=fast, gather=slow)

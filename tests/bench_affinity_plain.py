@@ -15,7 +15,7 @@ def listed_pairs(h, w, radius, border):
     offsets = [(y, x) for y in range(radius) for x in range(1 - radius, radius) if x * x + y * y < radius * radius and (y > 0 or x > 0)]
     starts = [(y, x) for y in range(h) for x in range(w) if border == 'full' or (y <= h - radius and radius - 1 <= x <= w - radius)]
     pairs = [(y * w + x, (y + dy) * w + x + dx) for dy, dx in offsets for y, x in starts if y + dy < h and 0 <= x + dx < w]
-    return tuple(torch.tensor(side, dtype=torch.long) for side in zip(*pairs))
+    return torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).unbind(1)
 
 
 def gathered_distances(e, pairs):
