@@ -1,4 +1,4 @@
-"Non-finite values that reach one term of MoRe each, through the command line: exit code 3, the term by name, a folder that replays it. And what `train` refuses."
+"Non-finite values that reach one term of a method each, through the command line: exit code 3, the term by name, a folder that replays it. And what `train` refuses."
 import json
 from dataclasses import replace
 
@@ -7,8 +7,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from training_child import MORE_TINY
-from wsl_nb import cli, core, data, more, more_recipe, training
+from training_child import AFFINITY_TINY, MORE_TINY
+from wsl_nb import affinity_recipe, cli, core, data, more, more_recipe, training
 from wsl_nb.training_checkpoint import as_plain
 
 ALL = replace(MORE_TINY, ptc_from=0, lir_from=0, seg_from=0, steps=4, checkpoint_every=1)
@@ -26,10 +26,10 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def command(folder, cfg, out, *words):
+def command(folder, cfg, out, *words, method='more'):
     "Words of a training command with this recipe."
     file = folder/f'{out.name}.yaml'; file.write_text(yaml.safe_dump(as_plain(cfg)))
-    return ['train', 'more', '--config', str(file), '--out', str(out), *map(str, words)]
+    return ['train', method, '--config', str(file), '--out', str(out), *map(str, words)]
 
 
 def poisoned(folder, cfg, name, value=float('nan')):
@@ -48,11 +48,11 @@ def fails(capsys, *words):
     return code, text
 
 
-def stopped_and_replayed(capsys, out, term, step):
+def stopped_and_replayed(capsys, out, term, step, stage=''):
     "The message named the term, the folder is complete, and replay ends in the same term at the same images."
-    facts = json.loads((out/'nonfinite'/'facts.json').read_text())
-    assert (facts['term'], facts['step'], len(facts['ids'])) == (term, step, 2) and not (out/'result.json').exists()
-    assert {p.name for p in (out/'nonfinite').iterdir()} == {'config.yaml', 'facts.json', 'model.safetensors', 'batch.pt', 'manifest.json'}
+    folder = out/stage/'nonfinite'; facts = json.loads((folder/'facts.json').read_text())
+    assert (facts['term'], facts['step'], len(facts['ids'])) == (term, step, 2) and facts['stage'] == stage and not (out/'result.json').exists()
+    assert {p.name for p in folder.iterdir()} == {'config.yaml', 'facts.json', 'model.safetensors', 'batch.pt', 'manifest.json'}
     code, text = fails(capsys, 'replay', out)
     assert code == 3 and f'"{term}"' in text and f'step {step}' in text and all(i in text for i in facts['ids'])
 
@@ -110,6 +110,67 @@ def test_two_passes_name_the_bad_one(tmp_path, capsys):
     cfg, out = replace(ALL, accumulate=2, w_cre=0., w_ure=0.), tmp_path/'run'
     assert fails(capsys, *command(tmp_path, cfg, out, '--init', poisoned(tmp_path, cfg, 'graph_layer.norm.bias')))[0] == 3
     stopped_and_replayed(capsys, out, 'mct', 0)
+
+
+# --- AffinityNet: the stage is named too -----------------------------------------------------------------------------
+
+STAGED = dict( # Term -> (stage, poisoned parameter, changes, labels of two cells beside each other; all others are neutral)
+    cls=('classifier', 'cam_head.weight', {}, None), joint=('affinity', 'cam_head.weight', dict(mode='joint'), None), bg=('affinity', 'aff_head.f9.weight', {}, (0, 0)),
+    fg=('affinity', 'aff_head.f8_3.weight', {}, (1, 1)), neg=('affinity', 'aff_head.f8_5.weight', {}, (0, 1)), seg=('segment', 'segment.4.weight', {}, None))
+
+
+class TwoCells:
+    "A view of AffinityNet with a single pair of labelled cells."
+    def __init__(self, view, labels): self.view, self.labels = view, labels
+    def __call__(self, sample, generator):
+        sample = self.view(sample, generator); mask = torch.full_like(sample['mask'], 255)
+        mask[8, 8], mask[8, 9] = self.labels
+        return sample | dict(mask=mask)
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    "A function that plants a bad number where a stage starts from, and the labels that its pairs have."
+    def plant(stage, name, value, labels):
+        model_of, view_of = affinity_recipe.new_model, affinity_recipe.train_transform
+        def _model(at, *rest):
+            model = model_of(at, *rest)
+            if at == stage:
+                with torch.no_grad(): dict(model.named_parameters())[name].view(-1)[0] = value
+            return model
+        monkeypatch.setattr(affinity_recipe, 'new_model', _model)
+        if labels: monkeypatch.setattr(affinity_recipe, 'train_transform', lambda cfg, at, out: TwoCells(view_of(cfg, at, out), labels) if at == 'affinity' else view_of(cfg, at, out))
+    return plant
+
+
+@pytest.mark.parametrize('case', STAGED)
+@pytest.mark.parametrize('value', [float('nan'), float('inf')], ids=['nan', 'inf'])
+def test_each_term_of_affinitynet_is_named_with_its_stage(tmp_path, capsys, planted, case, value):
+    "What the stages before it made is kept; without the bad number the run goes on from there."
+    stage, name, changes, labels = STAGED[case]; term, out, cfg = 'cls' if case == 'joint' else case, tmp_path/'run', replace(AFFINITY_TINY, **changes)
+    planted(stage, name, value, labels)
+    code, text = fails(capsys, *command(tmp_path, cfg, out, method='affinity'))
+    assert code == 3 and f'"{term}"' in text and 'step 0' in text and str(out/stage/'nonfinite') in text, text
+    stopped_and_replayed(capsys, out, term, 0, stage)
+    finished = affinity_recipe.STAGES[:affinity_recipe.STAGES.index(stage)]
+    assert [s for s in affinity_recipe.STAGES if (out/s/'result.json').exists()] == list(finished)
+
+
+def test_an_image_that_is_not_finite_is_named_in_the_stage_affinity(tmp_path, capsys, monkeypatch):
+    "Its pixels are bad, not the weights: the batch of its stage is named and replayed, and a run without it goes on from the stages that are there."
+    class Bad:
+        def __init__(self, view): self.view = view
+        def __call__(self, sample, generator):
+            sample = self.view(sample, generator)
+            if sample['index'] == 5: sample['image'][0, 3, 3] = float('nan')
+            return sample
+    view_of, out = affinity_recipe.train_transform, tmp_path/'run'
+    monkeypatch.setattr(affinity_recipe, 'train_transform', lambda cfg, at, run: Bad(view_of(cfg, at, run)) if at == 'affinity' else view_of(cfg, at, run))
+    words = command(tmp_path, replace(AFFINITY_TINY, steps=6), out, method='affinity')
+    code, text = fails(capsys, *words); facts = json.loads((out/'affinity'/'nonfinite'/'facts.json').read_text())
+    assert code == 3 and 'wsss_0_train_00005' in facts['ids'] and 'wsss_0_train_00005' in text and facts['term'] in ('bg', 'fg', 'neg')
+    stopped_and_replayed(capsys, out, facts['term'], facts['step'], 'affinity')
+    monkeypatch.undo(); assert cli.main([*words, '--resume']) == 0 and 'labels: done' in capsys.readouterr().out
 
 
 # --- what `train` refuses ------------------------------------------------------------------------------------------
