@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['rounded', 'scaled_inputs', 'multi_scale_cam', 'background_score', 'confident_labels', 'pair_offsets', 'pair_views',
-           'widened', 'PairDistance', 'pair_distances', 'pair_affinities', 'pair_labels', 'affinity_terms',
-           'AffinityHead', 'AffinityNet', 'transition', 'random_walk', 'losses_classifier', 'losses_affinity',
-           'losses_segment']
+           'widened', 'pair_labels', 'PairDistance', 'pair_distances', 'pair_affinities', 'AffinityHead', 'AffinityNet',
+           'affinity_terms', 'losses_classifier', 'losses_affinity', 'losses_segment', 'transition', 'random_walk']
 
 # %% ../nbs/04_affinity.ipynb #b0ab3aeb
 import math, warnings
@@ -115,6 +114,19 @@ def widened(
     "The grid on which pairs are formed."
     return x if border == 'partial' else F.pad(x, (radius - 1, radius - 1, 0, radius - 1), value=value)
 
+# %% ../nbs/04_affinity.ipynb #fff31280
+def pair_labels(
+    label_map: Tensor, # uint8 (…,h,w): 0 background, k class k, 255 neutral
+    radius: int, # Of the pairs
+    border: str = 'full', # 'partial' or 'full'
+) -> tuple[Tensor, Tensor, Tensor]: # bool (…,n,h',w'): both background, both the same class, different
+    "What is known about each pair; a pair with a neutral end is in none of the three. Source: official code."
+    first, second = pair_views(widened(label_map, radius, border, 255), radius)
+    other = torch.stack(list(second), -3)
+    one = first.unsqueeze(-3).expand_as(other)
+    sure, same = (one != 255) & (other != 255), one == other
+    return same & (one == 0), same & (one != 0) & sure, sure & ~same
+
 # %% ../nbs/04_affinity.ipynb #2eda0213
 class PairDistance(torch.autograd.Function):
     "Mean absolute difference of both ends of every pair; differences are formed again for the gradient instead of being kept. Source: ours."
@@ -164,31 +176,6 @@ def pair_affinities(
     "Affinity of every pair: exp(-distance). Source: official code."
     return torch.exp(-pair_distances(embedding, radius, border))
 
-# %% ../nbs/04_affinity.ipynb #18b14d5f
-def pair_labels(
-    label_map: Tensor, # uint8 (…,h,w): 0 background, k class k, 255 neutral
-    radius: int, # Of the pairs
-    border: str = 'full', # 'partial' or 'full'
-) -> tuple[Tensor, Tensor, Tensor]: # bool (…,n,h',w'): both background, both the same class, different
-    "What is known about each pair; a pair with a neutral end is in none of the three. Source: official code."
-    first, second = pair_views(widened(label_map, radius, border, 255), radius)
-    other = torch.stack(list(second), -3)
-    one = first.unsqueeze(-3).expand_as(other)
-    sure, same = (one != 255) & (other != 255), one == other
-    return same & (one == 0), same & (one != 0) & sure, sure & ~same
-
-# %% ../nbs/04_affinity.ipynb #41566e12
-def affinity_terms(
-    distance: Tensor, # float32 (B,n,h',w'), from `pair_distances`
-    labels: tuple[Tensor, Tensor, Tensor], # From `pair_labels`
-    log: str = 'epsilon', # 'epsilon': log(1 + 1e-5 - a), as released; 'stable': log(1 - a) from the distance
-) -> dict[str, Tensor]: # bg, fg, neg
-    "Mean cross-entropy of the pairs of each kind, counted over the batch. Source: official code."
-    if log == 'epsilon': affinity = torch.exp(-distance); alike, different = torch.log(affinity + 1e-5), torch.log(1 + 1e-5 - affinity)
-    else: d = distance.clamp(min=1e-5); alike, different = -d, torch.log(-torch.expm1(-d))
-    mean = lambda values, mask: -values[mask].sum() / (mask.sum() + 1e-5)
-    return dict(bg=mean(alike, labels[0]), fg=mean(alike, labels[1]), neg=mean(different, labels[2]))
-
 # %% ../nbs/04_affinity.ipynb #cf692eb3
 class AffinityHead(nn.Module):
     "Embedding whose differences are affinities, from features of three depths. Parameter names are those of the released code. Source: official code."
@@ -229,44 +216,17 @@ class AffinityNet(Trunk):
         "Embedding."
         return self.aff_head(self.backbone.levels(image))
 
-# %% ../nbs/04_affinity.ipynb #0774b171
-@full_precision
-def transition(
-    affinity: Tensor, # Of one image, (n,h',w'), from `pair_affinities`
-    grid: tuple[int, int], # (h,w)
-    radius: int, # Of the pairs
-    border: str = 'full', # As the affinities were formed
-    beta: float = 8., # Power: makes weak affinities weaker
-) -> Tensor: # Sparse CSR (N,N), N = h*w; rows sum to 1
-    "Where a score comes from in one step: affinities to the power beta, each cell with itself by 1, divided by their sum. Source: official code, dense there."
-    h, w = grid; N = h * w
-    at = torch.arange(N, device=affinity.device, dtype=torch.float32).view(h, w)
-    one, two = pair_views(widened(at, radius, border, -1.), radius)
-    two, weight = torch.stack(list(two)), affinity.float() ** beta
-    keep = (two >= 0) & (one >= 0) & (weight > 0)
-    i, j, v = one.expand_as(two)[keep].long(), two[keep].long(), weight[keep]
-    place, value = torch.cat([i * N + j, j * N + i, torch.arange(N, device=v.device) * (N + 1)]).sort(), torch.cat([v, v, v.new_ones(N)])
-    row, value = place.values // N, value[place.indices]
-    value = value / value.new_zeros(N).index_add_(0, row, value)[row]
-    start = F.pad(torch.bincount(row, minlength=N).cumsum(0), (1, 0))
-    with warnings.catch_warnings(action='ignore', category=UserWarning): # torch says once that CSR is in beta
-        return torch.sparse_csr_tensor(start.int(), (place.values % N).int(), value, (N, N), check_invariants=False)
-
-# %% ../nbs/04_affinity.ipynb #01348128
-@full_precision
-def random_walk(
-    scores: Tensor, # On the grid, (K,h,w)
-    step: Tensor, # Sparse (N,N), from `transition`
-    steps: int | tuple[int, ...] = 256, # Length of the walk; several lengths at once, rising
-) -> Tensor: # (K,h,w), or (len(steps),K,h,w)
-    "Scores after so many steps of averaging over alike neighbours: one sparse product a step. Source: official code squares a dense matrix."
-    wanted = (steps,) if isinstance(steps, int) else tuple(steps)
-    require(list(wanted) == sorted(set(wanted)) and wanted[0] >= 0, f'steps {wanted}', 'different numbers, rising, from 0 on', 'sort them')
-    x, found = scores.float().flatten(1).T.contiguous(), []
-    for t in range(wanted[-1] + 1):
-        if t in wanted: found.append(x.T.reshape(scores.shape))
-        if t < wanted[-1]: x = step @ x
-    return found[0] if isinstance(steps, int) else torch.stack(found)
+# %% ../nbs/04_affinity.ipynb #0e38af54
+def affinity_terms(
+    distance: Tensor, # float32 (B,n,h',w'), from `pair_distances`
+    labels: tuple[Tensor, Tensor, Tensor], # From `pair_labels`
+    log: str = 'epsilon', # 'epsilon': log(1 + 1e-5 - a), as released; 'stable': log(1 - a) from the distance
+) -> dict[str, Tensor]: # bg, fg, neg
+    "Mean cross-entropy of the pairs of each kind, counted over the batch. Source: official code."
+    if log == 'epsilon': affinity = torch.exp(-distance); alike, different = torch.log(affinity + 1e-5), torch.log(1 + 1e-5 - affinity)
+    else: d = distance.clamp(min=1e-5); alike, different = -d, torch.log(-torch.expm1(-d))
+    mean = lambda values, mask: -values[mask].sum() / (mask.sum() + 1e-5)
+    return dict(bg=mean(alike, labels[0]), fg=mean(alike, labels[1]), neg=mean(different, labels[2]))
 
 # %% ../nbs/04_affinity.ipynb #4646ed25
 def losses_classifier(
@@ -304,3 +264,45 @@ def losses_segment(
     logits = F.interpolate(model(batch['image']).float(), size=mask.shape[-2:], mode='bilinear', align_corners=False)
     loss = F.cross_entropy(logits, mask, ignore_index=255, reduction='sum')
     return dict(seg=loss / (mask != 255).sum().clamp(min=1))
+
+# %% ../nbs/04_affinity.ipynb #cf1b29f6
+@full_precision
+def transition(
+    affinity: Tensor, # Of one image, (n,h',w'), from `pair_affinities`
+    grid: tuple[int, int], # (h,w)
+    radius: int, # Of the pairs
+    border: str = 'full', # As the affinities were formed
+    beta: float = 8., # Power: makes weak affinities weaker
+) -> Tensor: # Sparse CSR float64 (N,N), N = h*w; rows sum to 1
+    "Where a score comes from in one step: affinities to the power beta, each cell with itself by 1, divided by their sum. Source: official code, dense there."
+    h, w = grid; N = h * w
+    at = torch.arange(N, device=affinity.device, dtype=torch.float32).view(h, w)
+    one, two = pair_views(widened(at, radius, border, -1.), radius)
+    two, weight = torch.stack(list(two)), affinity.float() ** beta
+    keep = (two >= 0) & (one >= 0) & (weight > 0)
+    whole = torch.int32 if N * N < 2 ** 31 else torch.int64
+    i, j, v = one.expand_as(two)[keep].to(whole), two[keep].to(whole), weight[keep]
+    del two, weight, keep
+    place = torch.cat([i * N + j, j * N + i, torch.arange(N, device=v.device, dtype=whole) * (N + 1)]).sort()
+    del i, j
+    row, value = place.values // N, torch.cat([v, v, v.new_ones(N)])[place.indices].double()
+    value = value / value.new_zeros(N).index_add_(0, row, value)[row] # in float64: an error of a sum is repeated in every step
+    start = F.pad(torch.bincount(row, minlength=N).cumsum(0), (1, 0))
+    with warnings.catch_warnings(action='ignore', category=UserWarning): # torch says once that CSR is in beta
+        return torch.sparse_csr_tensor(start.int(), (place.values % N).int(), value, (N, N), check_invariants=False)
+
+# %% ../nbs/04_affinity.ipynb #3304863c
+@full_precision
+def random_walk(
+    scores: Tensor, # On the grid, (K,h,w)
+    step: Tensor, # Sparse (N,N), from `transition`
+    steps: int | tuple[int, ...] = 256, # Length of the walk; several lengths at once, rising
+) -> Tensor: # float32 (K,h,w), or (len(steps),K,h,w)
+    "Scores after so many steps of averaging over alike neighbours: one sparse product a step. Source: official code squares a dense matrix."
+    wanted = (steps,) if isinstance(steps, int) else tuple(steps)
+    require(list(wanted) == sorted(set(wanted)) and wanted[0] >= 0, f'steps {wanted}', 'different numbers, rising, from 0 on', 'sort them')
+    x, found = scores.to(step.dtype).flatten(1).T.contiguous(), []
+    for t in range(wanted[-1] + 1):
+        if t in wanted: found.append(x.T.reshape(scores.shape).float())
+        if t < wanted[-1]: x = step @ x
+    return found[0] if isinstance(steps, int) else torch.stack(found)
