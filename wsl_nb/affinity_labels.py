@@ -153,7 +153,8 @@ def finish(
 def open_labels(
     file: Path, # Written by `make_labels`
 ) -> tuple[Tensor, Tensor, np.ndarray, Tensor]: # Low and high (1+K,H,W), background first; class indices (K,); CAM (K,H,W)
-    "Probabilities under both exponents; only the objects are stored, in 1/255."
+    "Probabilities under both exponents; only the objects are stored, in 1/255. Raises: `BadInput` if the file is missing."
+    require(Path(file).is_file(), f'no file {file}', 'a label file for every training image', 'delete result.json in the folder of the stage, and start the run again with --resume')
     with np.load(file) as f: low, high, kinds, cam = (f[k] for k in ('low', 'high', 'kinds', 'cam'))
     full = lambda q: torch.cat([1 - q.sum(0, keepdim=True), q]).clamp(min=0)
     low, high = (full(torch.from_numpy(q).float() / 255) for q in (low, high))
@@ -172,9 +173,11 @@ def make_labels(
     clock = time.perf_counter(); begin(folder, hash)
     def _jobs():
         for group in equal_sizes(split):
-            todo = [s for s in group if not label_file(folder, s['id'], '.npz').is_file()]
-            kinds = [s['label'].nonzero().flatten().tolist() for s in todo]
-            for s, k, cam in zip(todo, kinds, class_activation(classifier, todo, kinds, cfg) if todo else ()):
+            todo = {s['id'] for s in group if not label_file(folder, s['id'], '.npz').is_file()}
+            if not todo: continue
+            kinds = [s['label'].nonzero().flatten().tolist() for s in group]
+            for s, k, cam in zip(group, kinds, class_activation(classifier, group, kinds, cfg)): # the whole group, so that a resumed run rounds alike
+                if s['id'] not in todo: continue
                 scores = torch.stack([unit_sum(background_score(cam, a)) if not cfg.confident_crf else background_score(cam, a) for a in (cfg.alpha_low, cfg.alpha_high)]) if k else torch.ones(2, 1, *cam.shape[-2:])
                 yield (s['id'], k, cam), pixels(s['image']) if cfg.confident_crf else None, scores.numpy()
     for (name, kinds, cam), q in crf_many(_jobs(), CRF, processes=cfg.workers, give='probabilities', say=say):
@@ -198,9 +201,11 @@ def make_pseudo(
     clock = time.perf_counter(); begin(folder, hash)
     def _jobs():
         for group in equal_sizes(split):
-            todo = [s for s in group if not label_file(folder, s['id'], '.png').is_file()]
-            pictures = [pixels(s['image']) for s in todo]
-            for s, picture, e in zip(todo, pictures, embeddings(model, pictures, cfg) if todo else ()):
+            todo = {s['id'] for s in group if not label_file(folder, s['id'], '.png').is_file()}
+            if not todo: continue
+            pictures = [pixels(s['image']) for s in group]
+            for s, picture, e in zip(group, pictures, embeddings(model, pictures, cfg)):
+                if s['id'] not in todo: continue
                 *_, kinds, cam = open_labels(label_file(labels, s['id'], '.npz'))
                 scores = walked(e, cam, cfg) if len(kinds) else torch.ones(1, *picture.shape[:2])
                 yield (s['id'], kinds), picture if cfg.crf else None, unit_sum(scores).numpy()

@@ -18,7 +18,7 @@ from torch import nn
 from . import affinity, affinity_base, affinity_labels, vit_small
 from .affinity import AffinityNet, losses_affinity, losses_classifier, losses_segment
 from .affinity_base import LAPTOP, TRAINED, AffinityNetConfig, Classifier, Segmenter, optimizer, stage_config, total, weights
-from .affinity_labels import make_labels, make_pseudo, pixels, train_transform
+from .affinity_labels import begin, make_labels, make_pseudo, pixels, train_transform
 from .affinity_scores import KINDS, Pipeline, evaluate, label_maps, score_maps, stage_scores
 from .core import atomic, require, seed_everything
 from .crf import crf_backend
@@ -114,10 +114,12 @@ def check_recipe(
     wanted = [s for s in STAGES if s in cfg.stages]
     for stage in (s for s in TRAINED if s in cfg.stages): check_config(stage_config(cfg, stage))
     require(cfg.stages and set(cfg.stages) == set(wanted) == set(STAGES[:len(wanted)]), f'stages {" ".join(cfg.stages)}', f'a beginning of {" ".join(STAGES)}', 'each stage needs those before it; say --stages with all of them')
+    require(cfg.lambda_aff >= 0, f'lambda_aff {cfg.lambda_aff}', '0 or more', 'set --lambda_aff')
     require(cfg.lambda_aff or cfg.mode == 'joint', 'lambda_aff 0 with mode separate', 'a weight above 0, or mode joint', 'without the affinity loss nothing would be learnt in stage 2; say --mode joint')
+    grid = 4 if cfg.backbone == 'small' else 8
+    require(cfg.crop % 8 == 0 and cfg.grid == grid, f'crop {cfg.crop}, grid {cfg.grid}', f'a multiple of 8, and grid {grid} for the backbone {cfg.backbone}', f'set --crop, and --grid {grid}')
     cells = cfg.crop // cfg.grid
     require(cells >= 2 * cfg.radius - 1, f'crop {cfg.crop} with cells of {cfg.grid}: {cells} a side', f'{2 * cfg.radius - 1} or more for radius {cfg.radius}', 'enlarge --crop, or lower --radius')
-    require(cfg.crop % 8 == 0 and cfg.backbone == 'small' or cfg.grid == 8, f'crop {cfg.crop}, grid {cfg.grid}', 'multiples of 8; grid 4 for the backbone small, else 8', 'set --crop and --grid')
     small = 'segment' in cfg.stages and cfg.segment_head == 'deeplab' and stage_config(cfg, 'segment').batch < 2
     require(not small, 'one image an update with the head deeplab', 'two or more: its pooled branch normalises over the batch', 'say --batch 2, or --segment_head small')
 
@@ -137,7 +139,7 @@ def train(
     images, clock = data.split(cfg.train_split, ('image', 'label')), time.perf_counter()
     for stage, hash in stage_hashes(cfg, data).items():
         if stage_done(out/stage, hash): print(f'{stage}: done'); continue
-        print(f'{stage}:'); before = load_parts(out, cfg, len(data.classes))
+        print(f'{stage}:'); begin(out/stage, hash); before = load_parts(out, cfg, len(data.classes))
         if stage == 'labels': make_labels(before.classifier, images, cfg, out/stage, hash)
         elif stage == 'pseudo': make_pseudo(before.affinity, images, out/'labels', cfg, out/stage, hash)
         else: train_stage(stage, cfg, data, out, hash, before)

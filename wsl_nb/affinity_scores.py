@@ -242,4 +242,4 @@ def evaluation_files(
     _close(last)
     np.savez(out/'scores.npz', ids=np.array(list(view.ids)), columns=np.array(['precision', 'recall', 'f1', 'iou']), **{k.replace(' + ', '_').replace(' ', '_'): np.array(v, np.float64) for k, v in rows.items()})
     save_figure(out/'metrics.png', draw_bars({k: 100 * np.nanmean(np.array(v), 0) for k, v in rows.items()}, ['precision', 'recall', 'F1', 'IoU'], unit='%, mean over images'))
-    return sorted(p.name for p in out.iterdir())
+    return sorted(p.name for p in out.iterdir() if p.name[0] != '.')

@@ -260,7 +260,7 @@ def run_eval(
     args: argparse.Namespace, # Parsed line
     flags: list, # Words that argparse did not know
 ) -> int: # Exit code
-    "`wsl-nb eval METHOD --run DIR`: scores of a run, with their protocol, into DIR/eval_<split>.json; `--protocol` chooses how label maps are made."
+    "`wsl-nb eval METHOD --run DIR`: scores of a run, with their protocol, into DIR/eval_<split>.json; `--protocol` chooses how label maps are made, `--pictures` shows each image."
     from wsl_nb.core import require
     from wsl_nb.metrics import results_table, write_results
     from wsl_nb.training_ablate import load_trained
@@ -274,10 +274,13 @@ def run_eval(
     label = split.name if split.subset is None else f'{split.name}_{split.subset}'
     file = Path(args.out or Path(args.run)/f'eval_{"_".join([label, *([args.protocol] if args.protocol else [])])}.json')
     require(args.overwrite or not file.exists(), f'{file}, which exists', 'a new file', 'say --overwrite, or another --out')
+    require(not args.pictures or hasattr(module, 'evaluation_files'), f'--pictures for {args.method}', 'a method that draws its evaluation', 'leave it out')
+    pictures = fresh(args.pictures, args.overwrite) if args.pictures else None
     model = load_trained(module, cfg, args.run, len(data.classes), which)
     results = [r for rows in module.evaluate_protocols(model, split, cfg, chosen, processes=args.processes).values() for r in rows] if chosen else module.evaluate(model, split, cfg)
     results = [dataclasses.replace(r, run=origin) for r in results]
     write_results(file, results); print(results_table(results)); print(f'wrote {file}')
+    if pictures: print(f'wrote {len(module.evaluation_files(model, split, cfg, pictures))} files to {pictures}')
     return 0
 
 # %% ../nbs/17_cli.ipynb #f75cf1ef
@@ -386,7 +389,7 @@ COMMANDS = {
     'lab': ('JupyterLab on the first lesson', run_lab, ''),
     'train': ('train a method; every field of its recipe is a flag', run_train, 'method --preset --data --out --resume --config'),
     'ablate': ('train and score every combination of some fields; every field of the recipe is a flag', run_ablate, 'method --over --preset --data --out --seeds --split --metric --one-by-one --resume --config'),
-    'eval': ('scores of a run', run_eval, 'method --run! --checkpoint --data --layout? --split --num-images --protocol --processes --out --overwrite'),
+    'eval': ('scores of a run', run_eval, 'method --run! --checkpoint --data --layout? --split --num-images --protocol --processes --pictures --out --overwrite'),
     'predict': ('maps and label maps of own images', run_predict, 'method --run --weights --preset --config --checkpoint --classes --out! --overwrite images'),
     'replay': ('repeat the update that was not finite', run_replay, 'folder'),
     'results': ('table of recorded results', run_results, 'results? --like'),
@@ -413,6 +416,7 @@ OPTIONS = {
     '--resume': dict(action='store_true', help='go on from the last checkpoint in --out'), '--config': dict(help='YAML file of recipe fields'),
     '--run': dict(help='folder that train wrote'), '--checkpoint': dict(default='best', help='best, last or a number of steps (best)'),
     '--split': dict(help='split to score (eval_split of the recipe)'), '--num-images': dict(type=int, help='only the first N images; never a recorded result'),
+    '--pictures': dict(help='folder for a picture of each image, a chart, and the scores of all images as arrays'),
     '--protocol': dict(help='inference protocols, with commas, or all; without it the validation of the recipe'), '--processes': dict(type=int, default=0, help='worker processes of the dense CRF (0: none)'),
     '--batch': dict(type=int, help='images an update, without it those of the recipe; with --find-batch-size the most that are tried'),
     '--find-batch-size': dict(action='store_true', help='measure 1, 2, 4, … images an update, until they no longer fit'), '--memory': dict(type=float, metavar='GB', help='what --find-batch-size may use (the GPU; without one, 90 %% of this machine)'),
