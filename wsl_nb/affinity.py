@@ -265,7 +265,7 @@ def losses_segment(
     loss = F.cross_entropy(logits, mask, ignore_index=255, reduction='sum')
     return dict(seg=loss / (mask != 255).sum().clamp(min=1))
 
-# %% ../nbs/04_affinity.ipynb #cf1b29f6
+# %% ../nbs/04_affinity.ipynb #b5e9495d
 @full_precision
 def transition(
     affinity: Tensor, # Of one image, (n,h',w'), from `pair_affinities`
@@ -273,23 +273,24 @@ def transition(
     radius: int, # Of the pairs
     border: str = 'full', # As the affinities were formed
     beta: float = 8., # Power: makes weak affinities weaker
-) -> Tensor: # Sparse CSR float64 (N,N), N = h*w; rows sum to 1
+) -> Tensor: # Sparse CSR (N,N), float64, N = h*w; rows sum to 1
     "Where a score comes from in one step: affinities to the power beta, each cell with itself by 1, divided by their sum. Source: official code, dense there."
-    h, w = grid; N = h * w
-    at = torch.arange(N, device=affinity.device, dtype=torch.float32).view(h, w)
-    one, two = pair_views(widened(at, radius, border, -1.), radius)
-    two, weight = torch.stack(list(two)), affinity.float() ** beta
-    keep = (two >= 0) & (one >= 0) & (weight > 0)
-    whole = torch.int32 if N * N < 2 ** 31 else torch.int64
-    i, j, v = one.expand_as(two)[keep].to(whole), two[keep].to(whole), weight[keep]
-    del two, weight, keep
-    place = torch.cat([i * N + j, j * N + i, torch.arange(N, device=v.device, dtype=whole) * (N + 1)]).sort()
-    del i, j
-    row, value = place.values // N, torch.cat([v, v, v.new_ones(N)])[place.indices].double()
-    value = value / value.new_zeros(N).index_add_(0, row, value)[row] # in float64: an error of a sum is repeated in every step
-    start = F.pad(torch.bincount(row, minlength=N).cumsum(0), (1, 0))
+    (h, w), (H, W), half, m = grid, affinity.shape[-2:], pair_offsets(radius), radius - 1
+    disc = sorted([*half, (0, 0), *((-y, -x) for y, x in half)]) # in this order the columns of a row rise
+    table = widened(affinity.new_zeros(len(disc), h, w, dtype=torch.float32), radius, border)
+    for (y, x), a in zip(half, affinity): # each affinity stands at both ends of its pair
+        table[disc.index((y, x)), :H, m:m + W] = a
+        table[disc.index((-y, -x)), y:y + H, m + x:m + x + W] = a
+    table[disc.index((0, 0))] = 1
+    table = (table if border == 'partial' else table[:, :h, m:m + w]).permute(1, 2, 0).contiguous()
+    row, column = (torch.arange(n, dtype=torch.int32, device=table.device)[:, None] + torch.tensor(d, dtype=torch.int32, device=table.device) for n, d in zip(grid, zip(*disc)))
+    table *= ((row >= 0) & (row < h))[:, None] & ((column >= 0) & (column < w))
+    at, count = table.flatten().nonzero()[:, 0], (table > 0).sum(2).flatten()
+    column, value = (row[:, None] * w + column).flatten()[at], table.flatten()[at]; del table, at
+    value = value.double().pow_(beta)
+    value /= torch.segment_reduce(value, 'sum', lengths=count).repeat_interleave(count) # in float64: an error of a sum is repeated in every step
     with warnings.catch_warnings(action='ignore', category=UserWarning): # torch says once that CSR is in beta
-        return torch.sparse_csr_tensor(start.int(), (place.values % N).int(), value, (N, N), check_invariants=False)
+        return torch.sparse_csr_tensor(F.pad(count.cumsum(0), (1, 0)).int(), column, value, (h * w, h * w), check_invariants=False)
 
 # %% ../nbs/04_affinity.ipynb #3304863c
 @full_precision
