@@ -71,7 +71,7 @@ def sources() -> dict[str, Source]: # By name
     told = (
         ('voc', 'voc', _voc, 'the official site of Pascal VOC', 'VOC 2012, VOCtrainval_11-May-2012.tar; masks of train_aug come with sbd, images of test by hand'),
         ('sbd', '', _sbd, 'the Semantic Boundaries site of Berkeley', 'masks are MATLAB files in benchmark_RELEASE/dataset/cls; with VOC in another folder, wsl-nb data train-aug VOC SBD makes the list of 10,582 images and their masks'),
-        ('pet', '', _pet, 'the Oxford-IIIT Pet site', 'images.tar.gz (792 MB) and annotations.tar.gz (19 MB); trimaps in annotations/trimaps'))
+        ('pet', 'pet', _pet, 'the Oxford-IIIT Pet site', 'images.tar.gz (792 MB) and annotations.tar.gz (19 MB); trimaps in annotations/trimaps'))
     found = {}
     for name, layout, read, home, note in told:
         try: files = tuple(Remote(url, f'md5:{md5}', file) for url, md5, file in read())
