@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+import solutions_affinity as affinity
 import solutions_more as more
 from wsl_nb.more_base import LAPTOP
 
@@ -16,3 +17,24 @@ def test_answers_are_told_apart(name, capsys):
                        (lambda *given: 1 / 0, 'ZeroDivisionError'), (lambda *given: 'word', 'not yet')):
         more.check(named(body), *GIVEN[name]); text = capsys.readouterr().out
         assert text.startswith(f'{name}: {says}') or says in text and 'right' not in text, text
+
+
+PAIRS = dict(one_step=(torch.rand(2, 4), torch.rand(4, 4)), in_the_limit=(torch.tensor([[.6, .5, .1, .2], [.2, .3, .9, .1]]), torch.tensor([True, True, True, False])), bonds=(6, 7, 3))
+
+
+@pytest.mark.parametrize('name', affinity.SOLUTIONS)
+def test_answers_about_pairs_are_told_apart(name, capsys):
+    def named(body): body.__name__ = name; return body
+    for body, says in ((lambda *given: None, 'not written yet'), (lambda *given: affinity.SOLUTIONS[name](*given), 'right'), (lambda *given: affinity.SOLUTIONS[name](*given) + 1, 'not yet, the largest'),
+                       (lambda *given: torch.zeros(9, 9), 'not yet, it gives the shape'), (lambda *given: 1 / 0, 'ZeroDivisionError'), (lambda *given: 'word', 'numbers are wanted'),
+                       (lambda *given: affinity.SOLUTIONS[name](*given) * float('nan'), 'not finite')):
+        affinity.check(named(body), *PAIRS[name]); text = capsys.readouterr().out
+        assert says in text and (says == 'right' or 'right' not in text), text
+
+
+def test_the_usual_slips_are_wrong():
+    "Columns instead of rows; a sum of values instead of a mean; both directions of a pair."
+    scores, A = PAIRS['one_step']
+    assert 'sum to 1' in affinity.verdict(type('f', (), dict(__name__='one_step', __call__=lambda self, s, a: s @ a.T))(), scores, A)
+    def bonds(h, w, radius): return 2 * affinity.SOLUTIONS['bonds'](h, w, radius)
+    assert 'counted once' in affinity.verdict(bonds, 6, 7, 3)

@@ -17,7 +17,7 @@ from torch import nn
 
 from . import affinity, affinity_base, affinity_labels, vit_small
 from .affinity import AffinityNet, losses_affinity, losses_classifier, losses_segment
-from .affinity_base import LAPTOP, TRAINED, AffinityNetConfig, Classifier, Segmenter, optimizer, stage_config, total, weights
+from .affinity_base import LAPTOP, LAPTOP_CAMOUFLAGE, TRAINED, AffinityNetConfig, Classifier, Segmenter, optimizer, stage_config, total, weights
 from .affinity_labels import begin, make_labels, make_pseudo, pixels, train_transform
 from .affinity_scores import KINDS, Pipeline, evaluate, label_maps, score_maps, stage_scores
 from .core import atomic, require, seed_everything
@@ -185,7 +185,7 @@ def load_run(
     return model, cfg
 
 # %% ../nbs/04a_affinity_recipe.ipynb #21491cfd
-DEMO = dict(plain=LAPTOP, camouflage=replace(LAPTOP, data_camouflage=.5)) # Name in tables -> recipe
+DEMO = dict(plain=LAPTOP, camouflage=LAPTOP_CAMOUFLAGE) # Name in tables -> recipe
 SHOWN = tuple(f'{k} {m}' for m in ('mIoU', 'foreground IoU', 'precision', 'recall') for k in KINDS) + ('tags F1', 'top-1 class is present') # Rows of the demo's table
 
 # %% ../nbs/04a_affinity_recipe.ipynb #196dc5ac

@@ -144,7 +144,7 @@ class Tally:
         matrix, sums = sum_processes(self.matrix), sum_processes(self.sums)
         if not matrix.sum(): return []
         classes, pooled, mean = segmentation_scores(matrix), binary_scores(fold_matrix(matrix)), sums[:4] / sums[4]
-        rows = [('mIoU', classes['miou']), ('foreground IoU', pooled['iou']), ('binary mIoU', pooled['miou']), ('precision', pooled['precision']), ('recall', pooled['recall']), ('F1', pooled['f1']),
+        rows = [('mIoU', classes['miou']), ('mIoU without background', np.nanmean(classes['iou'][1:]) if matrix[1:].sum() + matrix[:, 1:].sum() else 0.), ('foreground IoU', pooled['iou']), ('binary mIoU', pooled['miou']), ('precision', pooled['precision']), ('recall', pooled['recall']), ('F1', pooled['f1']),
                 ('precision, mean over images', mean[0]), ('recall, mean over images', mean[1]), ('F1, mean over images', mean[2]), ('foreground IoU, mean over images', mean[3])]
         return [(what, 100 * float(v), '%') for what, v in rows]
 
