@@ -1,10 +1,10 @@
-"""Makes the committed records of results/more that no lesson makes: trains, scores the test split once, writes.
+"""Makes the committed records of results/ that no lesson and no command makes: trains, scores the test split once, writes.
 
     python tools/make_results.py ablation      the small recipe with one thing changed, three seeds (25 CPU-minutes)
     python tools/make_results.py protocols     every inference protocol on the small recipe, three seeds (10 CPU-minutes)
-    python tools/make_results.py cost          a few updates of VOC and COCO at full size, a process each (6 CPU-minutes)
+    python tools/make_results.py cost [--method affinity]     a few updates of the recipes at full size, a process each (6 CPU-minutes)
 
-Runs are kept under out/results and taken up again where a call was interrupted; --out DIR writes elsewhere than results/more.
+Runs are kept under out/results and taken up again where a call was interrupted; --out DIR writes elsewhere than results/METHOD.
 """
 import argparse, json, multiprocessing, shutil, sys
 from concurrent.futures import ProcessPoolExecutor
@@ -59,21 +59,23 @@ def protocols(runs, out):
     shutil.copy(runs / 'laptop' / 'seed0' / 'config.yaml', out / 'config.yaml')
 
 
-def one_cost(preset):
+COST = dict(more=(('VOC', 'COCO'), 1), affinity=(('PET',), 2))  # Method -> its recipes at full size, images an update
+
+
+def one_cost(name, preset, batch):
     "Cost of one recipe, in a process of its own so that its memory is its own."
-    from wsl_nb.more_base import PRESETS
-    from wsl_nb.more_numbers import step_cost
-    torch.set_num_threads(1)
-    return step_cost(PRESETS[preset], batch=1)
+    from wsl_nb.cli import method, presets
+    module = method(name); torch.set_num_threads(1)
+    return module.step_cost(presets(module)[preset], batch=batch)
 
 
-def cost(runs, out):
+def cost(runs, out, name='more'):
     "Seconds and memory of single updates."
     from wsl_nb import __version__
     from wsl_nb.metrics import _commit
-    rows = []
-    for preset in ('VOC', 'COCO'):
-        with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool: rows.append(pool.submit(one_cost, preset).result())
+    rows, (recipes, batch) = [], COST[name]
+    for preset in recipes:
+        with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool: rows.append(pool.submit(one_cost, name, preset, batch).result())
     found = dict(kind='cost', version=__version__, commit=_commit(), torch=torch.__version__, date=datetime.now(timezone.utc).isoformat(timespec='seconds'), rows=rows)
     (out / 'result.json').write_text(json.dumps(found, indent=1) + '\n', encoding='utf-8')
 
@@ -82,10 +84,11 @@ def main():
     "Command line; see the top of this file."
     kinds = dict(ablation=ablation, protocols=protocols, cost=cost)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('kind', choices=list(kinds)); parser.add_argument('--out', type=Path, default=ROOT / 'results' / 'more')
+    parser.add_argument('kind', choices=list(kinds)); parser.add_argument('--method', choices=list(COST), default='more'); parser.add_argument('--out', type=Path)
     args = parser.parse_args(); torch.set_num_threads(1)
-    out = args.out / args.kind; out.mkdir(parents=True, exist_ok=True)
-    kinds[args.kind](ROOT / 'out' / 'results', out); print(f'wrote {out}')
+    if args.method != 'more' and args.kind != 'cost': parser.error(f'{args.kind} is for more; the records of {args.method} are made by wsl-nb demo and wsl-nb ablate')
+    out = (args.out or ROOT / 'results' / args.method) / args.kind; out.mkdir(parents=True, exist_ok=True)
+    kinds[args.kind](ROOT / 'out' / 'results', out, *([args.method] if args.kind == 'cost' else [])); print(f'wrote {out}')
 
 
 if __name__ == '__main__': sys.exit(main())
