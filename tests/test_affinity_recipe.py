@@ -25,7 +25,7 @@ from wsl_nb.training_config import lr_factor
 from wsl_nb.training_order import Order
 
 STAGES, TRAINED, KINDS = affinity_recipe.STAGES, affinity_base.TRAINED, affinity_scores.KINDS
-WHATS = ('mIoU', 'foreground IoU', 'binary mIoU', 'precision', 'recall', 'F1', 'precision, mean over images', 'recall, mean over images', 'F1, mean over images', 'foreground IoU, mean over images')
+WHATS = ('mIoU', 'mIoU without background', 'foreground IoU', 'binary mIoU', 'precision', 'recall', 'F1', 'precision, mean over images', 'recall, mean over images', 'F1, mean over images', 'foreground IoU, mean over images')
 
 
 @pytest.fixture(autouse=True)
@@ -326,7 +326,8 @@ def test_border_policies_are_those_of_the_pixels(pet):
                 np.add.at(matrix, (mask[here], labels[here]), 1)
             tp, fp, fn = sums; union = matrix.sum(0) + matrix.sum(1) - np.diag(matrix)
             assert value[f'{kind} foreground IoU'] == pytest.approx(100 * tp / (tp + fp + fn)) and value[f'{kind} precision'] == pytest.approx(100 * tp / max(tp + fp, 1)) and value[f'{kind} recall'] == pytest.approx(100 * tp / (tp + fn))
-            assert value[f'{kind} mIoU'] == pytest.approx(100 * np.mean(np.diag(matrix)[matrix.sum(1) > 0] / union[matrix.sum(1) > 0]), abs=1e-4)
+            iou = np.divide(np.diag(matrix), union, where=union > 0, out=np.full(n, np.nan)) # a class counts where it is in the truth or in a prediction
+            assert value[f'{kind} mIoU'] == pytest.approx(100 * np.nanmean(iou), abs=1e-4) and value[f'{kind} mIoU without background'] == pytest.approx(100 * np.nanmean(iou[1:]), abs=1e-4)
     assert masks == 6 * 3 * len(split)
     value = {k: {r.metric: r.value for r in rows} for k, rows in found.items()}
     assert len({value[k]['CAM foreground IoU'] for k in ('label_given', 'label_given_border_bg', 'label_given_border_fg')}) == 3
@@ -360,10 +361,12 @@ def test_every_image_is_scored_once(pet, monkeypatch):
     model, cfg, split = pet; view = split.view(('image', 'label', 'mask'))
     counts = Counter((s['id'], kind) for s, _, kind, _ in affinity_scores.label_maps(model, view, cfg)); assert counts == Counter({(i, k): 1 for i in split.ids for k in KINDS})
     class Sized(list): pass
-    mixed = Sized(dict(index=i, image=torch.zeros(3, 8, 8 + 2 * (i // 3 % 3))) for i in range(41)); seen = []
+    mixed = Sized(dict(index=i, image=torch.zeros(3, 8, 8 + 2 * (i // 18))) for i in range(41)); seen = []
     for rank in range(3):
-        monkeypatch.setattr(affinity_labels, 'world', lambda: (rank, 3)); groups = list(affinity_labels.equal_sizes(mixed, 4)); seen += [s['index'] for g in groups for s in g]
-        assert all(len({s['image'].shape for s in g}) == 1 and len(g) <= 4 for g in groups)
+        monkeypatch.setattr(affinity_labels, 'world', lambda: (rank, 3)); groups = list(affinity_labels.equal_sizes(mixed, cfg, 4)); seen += [s['index'] for g in groups for s in g]
+        assert all(len({s['image'].shape for s in g}) == 1 for g in groups) and max(map(len, groups)) == 4
+        few = list(affinity_labels.equal_sizes(mixed, replace(cfg, scales=(1., 2.), group_pixels=700), 4)); assert [s['index'] for g in few for s in g] == [s['index'] for g in groups for s in g]
+        assert {len(g) for g in few if g[0]['image'].shape[-1] < 12} == {2} and {len(g) for g in few if g[0]['image'].shape[-1] == 12} == {1}, 'two images of 8 x 10, but not two of 8 x 12, have at most 700 pixels at twice the size'
     assert sorted(seen) == list(range(41))
 
 
