@@ -274,8 +274,9 @@ def transition(
     border: str = 'full', # As the affinities were formed
     beta: float = 8., # Power: makes weak affinities weaker
 ) -> Tensor: # Sparse CSR (N,N), float64, N = h*w; rows sum to 1
-    "Where a score comes from in one step: affinities to the power beta, each cell with itself by 1, divided by their sum. Source: official code, dense there."
+    "Where a score comes from in one step: affinities to the power beta, each cell with itself by 1, divided by their sum. Raises: `BadInput` if one is not finite. Source: official code, dense there."
     (h, w), (H, W), half, m = grid, affinity.shape[-2:], pair_offsets(radius), radius - 1
+    require(bool(affinity.isfinite().all()), 'affinities with NaN or infinity', 'finite ones', 'look for NaN in the weights or in the image')
     disc = sorted([*half, (0, 0), *((-y, -x) for y, x in half)]) # in this order the columns of a row rise
     table = widened(affinity.new_zeros(len(disc), h, w, dtype=torch.float32), radius, border)
     for (y, x), a in zip(half, affinity): # each affinity stands at both ends of its pair

@@ -54,6 +54,7 @@ class AffinityNetConfig(RunConfig):
     alpha_high: float = 32. # ... of the labels of confident background
     confident_crf: bool = True # Dense CRF on both before they become labels
     radius: int = 5 # Pairs are closer than this, cells of the grid
+    group_pixels: int = 4_000_000 # Pixels at the largest scale that go through a network together when maps are made; a mirror image comes with each
     border: Literal['partial', 'full'] = 'partial' # Pairs near the border of the grid: 'partial' (released code) or 'full' (all pairs)
     beta: float = 8. # Power of the affinities before the walk
     walk_steps: int = 256 # Steps of the random walk

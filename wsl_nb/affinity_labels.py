@@ -37,13 +37,15 @@ def pixels(
 # %% ../nbs/04c_affinity_labels.ipynb #f73009eb
 def equal_sizes(
     split, # `data.Split` that gives raw images
+    cfg: AffinityNetConfig, # Scales, `group_pixels`
     most: int = 16, # Images in a group
 ): # Yields lists of samples whose images have one size
     "This process's share of a split, neighbours of equal size together so that they go through the network in one batch."
     rank, processes = world(); group = []
     for i in range(rank, len(split), processes):
         sample = split[i]
-        if group and (sample['image'].shape != group[0]['image'].shape or len(group) == most): yield group; group = []
+        room = cfg.group_pixels // int(sample['image'][0].numel() * max(1, *cfg.scales) ** 2)
+        if group and (sample['image'].shape != group[0]['image'].shape or len(group) >= min(most, max(1, room))): yield group; group = []
         group.append(sample)
     if group: yield group
 
@@ -172,7 +174,7 @@ def make_labels(
     "Writes for each training image its CAM and, under the low and the high exponent, its refined probabilities. Source: official code; storage ours."
     clock = time.perf_counter(); begin(folder, hash)
     def _jobs():
-        for group in equal_sizes(split):
+        for group in equal_sizes(split, cfg):
             todo = {s['id'] for s in group if not label_file(folder, s['id'], '.npz').is_file()}
             if not todo: continue
             kinds = [s['label'].nonzero().flatten().tolist() for s in group]
@@ -200,7 +202,7 @@ def make_pseudo(
     "Writes the pseudo label of each training image: CAM, background, random walk, and the dense CRF if the recipe has it. Source: official code and paper."
     clock = time.perf_counter(); begin(folder, hash)
     def _jobs():
-        for group in equal_sizes(split):
+        for group in equal_sizes(split, cfg):
             todo = {s['id'] for s in group if not label_file(folder, s['id'], '.png').is_file()}
             if not todo: continue
             pictures = [pixels(s['image']) for s in group]

@@ -31,7 +31,7 @@ from .training_records import peak_memory, seconds_of
 def working_size(
     size: tuple[int, int], # Photograph (H,W)
     cfg: AffinityNetConfig, # Views that the networks know
-) -> tuple[int, int]: # (H,W), same proportions, 16 pixels a side at least
+) -> tuple[int, int]: # (H,W) of the same proportions, but 16 pixels a side at least
     "Size at which a photograph is looked at: not longer than the training images, or of the area of the training view."
     factor = min(1, cfg.long_side[1] / max(size)) if cfg.view == 'long_side' else cfg.crop / (size[0] * size[1]) ** .5
     return tuple(max(16, round(n * factor)) for n in size)
@@ -58,8 +58,11 @@ def predict(
     cfg: AffinityNetConfig, # Recipe
     shown: int = 4, # Classes whose maps are given
 ) -> list[dict]: # A dict for each image: scores (C,), maps {class: (h,w) in [0,1)}, labels uint8 (H,W), decoder uint8 (H,W) if there is a final network
-    "Class scores, class activation maps of the best classes, pseudo label after the walk, and the answer of the final network. Classes with a positive score count as present, else the best one."
+    "Class scores, class activation maps of the best classes, pseudo label after the walk, and the answer of the final network. Classes with a positive score count as present, else the best one. Raises: `BadInput` for anything but a list of RGB pixels."
     from PIL import Image
+    for picture in [images] if isinstance(images, np.ndarray) else images:
+        fine = isinstance(images, list) and isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3
+        require(fine, f'images as {type(images).__name__}, an image {getattr(picture, "shape", type(picture).__name__)} {getattr(picture, "dtype", "")}', 'a list of uint8 arrays (H,W,3)', 'read the files with core.read_image, and pass them as a list')
     found = []
     for picture in images:
         (H, W), small = picture.shape[:2], working_size(picture.shape[:2], cfg)
@@ -124,7 +127,7 @@ def from_official(
     return {k: state[k] for k in head}
 
 # %% ../nbs/04f_affinity_own.ipynb #d7233230
-IMAGES = dict(pet=3312, voc=10582) # Training images of a layout; the embedded ones are counted by the recipe
+IMAGES = dict(pet=3312, voc=10582) # Training images of a layout (Pets: about nine tenths of 3,680); the embedded ones are counted by the recipe
 
 # %% ../nbs/04f_affinity_own.ipynb #4bd42eb5
 def example_batch(

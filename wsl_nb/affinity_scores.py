@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'KINDS', 'Pipeline', 'Protocol', 'present_classes', 'class_logits', 'segment_scores', 'score_maps',
-           'label_maps', 'Tally', 'how_made', 'evaluate_protocols', 'evaluate', 'stage_scores', 'evaluation_files']
+           'label_maps', 'Tally', 'how_made', 'one_object', 'evaluate_protocols', 'evaluate', 'stage_scores',
+           'evaluation_files']
 
 # %% ../nbs/04e_affinity_scores.ipynb #d2d8dc73
 import time
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 from .affinity import AffinityNet
 from .affinity_base import AffinityNetConfig, Classifier, Segmenter, preset_name
 from .affinity_labels import CRF, class_activation, colour_embedding, embeddings, equal_sizes, network_input, pixels, unit_sum, walked
+from .core import require
 from .crf import crf_backend, crf_many
-from .metrics import confusion_matrix, record, segmentation_scores, tags_f1
-from .metrics_binary import apply_border, binary_scores, fold_matrix
-from .training_order import sum_processes
+from .metrics import confusion_matrix, record, tags_f1
+from .metrics_binary import apply_border, binary_scores, class_scores, fold_matrix
+from .training_order import sum_processes, world
 from .training_records import provenance
 
 # %% ../nbs/04e_affinity_scores.ipynb #9a0b9b8c
@@ -88,7 +90,7 @@ def score_maps(
 ): # Yields for each picture {kind: (scores (n,H,W), class ids (n,), whether a CRF follows)}
     "Scores of background and classes after each step of the pipeline."
     samples = [dict(image=torch.from_numpy(p.copy()).permute(2, 0, 1).float() / 255) for p in pictures]
-    cams = class_activation(model.classifier, samples, classes, cfg)
+    cams = class_activation(model.classifier, samples, classes, cfg) if set(kinds) - {'final network'} else [None] * len(samples)
     learnt = embeddings(model.affinity, pictures, cfg) if model.affinity is not None and {'walk', 'walk + CRF'} & set(kinds) else None
     final = segment_scores(model.segment, pictures) if model.segment is not None and 'final network' in kinds else None
     for i, (picture, own, cam) in enumerate(zip(pictures, classes, cams)):
@@ -116,7 +118,7 @@ def label_maps(
 ): # Yields (sample, logits (C,), kind, label map uint8 (H,W))
     "Label maps of this process's share of a split."
     def _jobs():
-        for group in equal_sizes(split):
+        for group in equal_sizes(split, cfg):
             pictures = [pixels(s['image']) for s in group]; logits = class_logits(model.classifier, pictures)
             classes = [s['label'].nonzero().flatten().tolist() if tags == 'given' else present_classes(z, cfg.layout == 'pet') for s, z in zip(group, logits)]
             for s, picture, z, found in zip(group, pictures, logits, score_maps(model, pictures, classes, cfg, kinds)):
@@ -140,11 +142,13 @@ class Tally:
         if matrix.sum(): s = binary_scores(fold_matrix(matrix)); self.sums += torch.tensor([s['precision'], s['recall'], s['f1'], s['iou'], 1.])
 
     def rows(self) -> list[tuple]: # (what, value, unit)
-        "Scores, summed over processes: pooled over pixels, and means over images."
+        "Scores, summed over processes: pooled over pixels, and means over images. mIoU: mean over classes that occur in truth or answer."
         matrix, sums = sum_processes(self.matrix), sum_processes(self.sums)
         if not matrix.sum(): return []
-        classes, pooled, mean = segmentation_scores(matrix), binary_scores(fold_matrix(matrix)), sums[:4] / sums[4]
-        rows = [('mIoU', classes['miou']), ('mIoU without background', np.nanmean(classes['iou'][1:]) if matrix[1:].sum() + matrix[:, 1:].sum() else 0.), ('foreground IoU', pooled['iou']), ('binary mIoU', pooled['miou']), ('precision', pooled['precision']), ('recall', pooled['recall']), ('F1', pooled['f1']),
+        pooled, mean, objects = binary_scores(fold_matrix(matrix)), sums[:4] / sums[4], matrix[1:].sum() + matrix[:, 1:].sum() > 0
+        classes = class_scores(matrix) if objects else {} # without any object, in truth or answer, there is no mean over classes
+        rows = [(what, classes[k]) for what, k in (('mIoU', 'miou_found'), ('mIoU without background', 'miou_objects')) if classes]
+        rows += [('foreground IoU', pooled['iou']), ('binary mIoU', pooled['miou']), ('precision', pooled['precision']), ('recall', pooled['recall']), ('F1', pooled['f1']),
                 ('precision, mean over images', mean[0]), ('recall, mean over images', mean[1]), ('F1, mean over images', mean[2]), ('foreground IoU, mean over images', mean[3])]
         return [(what, 100 * float(v), '%') for what, v in rows]
 
@@ -163,6 +167,16 @@ def how_made(
     threshold = f'background {cfg.crf_background if "CRF" in kind else cfg.cam_background}' if 'CAM' in kind else f'alpha {cfg.alpha:g}, beta {cfg.beta:g}, {steps}'
     return dict(labels='image-level', tags=f'{p.tags}', scales=f'{cfg.scales} and mirror', size='of the file', crf=crf, threshold=threshold, border=p.border)
 
+# %% ../nbs/04e_affinity_scores.ipynb #cd5d02d3
+def one_object(
+    view, # Split with label and mask
+    protocols: dict[str, Protocol], # Name -> protocol
+) -> None: # Nothing when the protocols fit the images
+    "Whether border pixels can be called object. Raises: `BadInput` for border_fg where an image has undecided pixels and several classes."
+    names = [n for n, p in protocols.items() if p.border == 'border_fg']
+    for s in view.view(('label', 'mask')) if names else ():
+        require(s['label'].sum() <= 1 or not (s['mask'] == 255).any(), f'{", ".join(names)} for {s["id"]}, which shows several classes', 'one class an image, as on the Pets', f'name other protocols: {", ".join(n for n in PROTOCOLS if n not in names)}')
+
 # %% ../nbs/04e_affinity_scores.ipynb #9523e97f
 def evaluate_protocols(
     model: Pipeline, # Of `load_run`
@@ -174,9 +188,10 @@ def evaluate_protocols(
     say=None, # Gets a line about the CRF
 ) -> dict[str, list]: # Name -> `metrics.Result` records
     "Scores of each step of the pipeline under each protocol; label maps are made once for all border policies."
-    was, clock, cpu, n, C = model.training, time.perf_counter(), time.process_time(), len(split.classes) + 1, len(split.classes)
+    modes, clock, cpu, n = [(m, m.training) for m in model.modules()], time.perf_counter(), time.process_time(), len(split.classes) + 1
     model.eval(); masks = 'mask' in split.source.fields
     view, found = split.view(('image', 'label', 'mask') if masks else ('image', 'label')), {}
+    if masks: one_object(view, protocols)
     for tags in dict.fromkeys(p.tags for p in protocols.values()):
         borders = [p.border for p in protocols.values() if p.tags == tags]
         sums = {(b, k): Tally(n) for b in borders for k in kinds}
@@ -192,7 +207,7 @@ def evaluate_protocols(
             if p.tags != tags: continue
             rows = [(f'{k} {what}', v, u) for k in kinds for what, v, u in (sums[p.border, k].rows() if masks else ())] + shared
             found[name] = [record('affinity', split.dataset, split.name, metric, value, unit=unit, protocol=how_made(cfg, p, metric), **about) for metric, value, unit in rows]
-    model.train(was)
+    for m, was in modes: m.training = was # part by part: a network that was only lent stays in evaluation mode
     return found
 
 # %% ../nbs/04e_affinity_scores.ipynb #644cdaa6
@@ -215,7 +230,7 @@ def stage_scores(
 ) -> list: # Records, the one that decides about the best checkpoint first
     "Scores during training, without any CRF: tags of the classifier, the walk of AffinityNet, the answer of the final network."
     split = data.split(cfg.eval_split); split = split.first(cfg.eval_images if cfg.eval_images < len(split) else 0)
-    kind, first = dict(classifier=('CAM', 'tags F1'), affinity=('walk', 'walk mIoU'), segment=('final network', 'final network mIoU'))[stage]
+    kind, first = dict(classifier=('CAM', 'top-1 class is present' if cfg.layout == 'pet' else 'tags F1'), affinity=('walk', 'walk mIoU'), segment=('final network', 'final network mIoU'))[stage]
     parts = dict(classifier=before.classifier, affinity=before.affinity) | {stage: model}
     return sorted(evaluate(Pipeline(**parts), split, cfg, (kind,)), key=lambda r: r.metric != first)
 
@@ -223,23 +238,28 @@ def stage_scores(
 def evaluation_files(
     model: Pipeline, # Of `load_run`
     split, # `data.Split` with masks
-    cfg: AffinityNetConfig, # Recipe; its `tags`
+    cfg: AffinityNetConfig, # Recipe
     out: Path, # New folder
-) -> list[str]: # Names of the files that were written
+    protocol: Protocol | None = None, # How maps are made and scored; None: tags of the recipe, undecided pixels ignored
+    processes: int = 0, # Of the dense CRF
+) -> list[str]: # Paths of the files that were written, from `out`
     "For each image a picture of truth and label maps with their IoU; the scores of all images as arrays (scores.npz); their means as a chart (metrics.png)."
     from wsl_nb.viz import draw_bars, draw_labels, save_figure
-    out, rows, shown = Path(out), {}, {}
+    out, rows, shown, p = Path(out), {}, {}, protocol or Protocol(cfg.tags)
+    require(world()[1] == 1, f'{world()[1]} processes', 'one for the pictures', 'start without accelerate or torchrun')
     view = split.view(('image', 'label', 'mask'))
     def _close(s):
         "Writes the picture of an image when all its maps are there."
         maps = shown.pop(s['id']); titles = ['truth', *(f'{k} {100 * rows[k][-1][3]:.0f}' for k in maps)]
-        save_figure(out/f"{s['id'].replace('/', '_')}.png", draw_labels(s['image'], [s['mask'], *maps.values()], list(split.classes), titles))
+        file = out/f"{s['id']}.png"; file.parent.mkdir(parents=True, exist_ok=True)
+        save_figure(file, draw_labels(s['image'], [s['mask'], *maps.values()], list(split.classes), titles))
     last = None
-    for s, _, kind, labels in label_maps(model, view, cfg, cfg.tags, processes=cfg.workers):
+    for s, _, kind, labels in label_maps(model, view, cfg, p.tags, processes=processes or cfg.workers):
         if last is not None and last['id'] != s['id']: _close(last)
-        matrix = confusion_matrix(labels, s['mask'], len(split.classes) + 1); scores = binary_scores(fold_matrix(matrix)) if matrix.sum() else dict.fromkeys(('precision', 'recall', 'f1', 'iou'), float('nan'))
+        only = s['label'].nonzero().flatten(); mask = apply_border(s['mask'], p.border, int(only[0]) + 1 if len(only) == 1 else None)
+        matrix = confusion_matrix(labels, mask, len(split.classes) + 1); scores = binary_scores(fold_matrix(matrix)) if matrix.sum() else dict.fromkeys(('precision', 'recall', 'f1', 'iou'), float('nan'))
         rows.setdefault(kind, []).append([scores[k] for k in ('precision', 'recall', 'f1', 'iou')]); shown.setdefault(s['id'], {})[kind] = labels; last = s
     _close(last)
-    np.savez(out/'scores.npz', ids=np.array(list(view.ids)), columns=np.array(['precision', 'recall', 'f1', 'iou']), **{k.replace(' + ', '_').replace(' ', '_'): np.array(v, np.float64) for k, v in rows.items()})
+    np.savez(out/'scores.npz', ids=np.array(list(view.ids)), columns=np.array(['precision', 'recall', 'f1', 'iou']), protocol=np.array([p.tags, p.border]), **{k.replace(' + ', '_').replace(' ', '_'): np.array(v, np.float64) for k, v in rows.items()})
     save_figure(out/'metrics.png', draw_bars({k: 100 * np.nanmean(np.array(v), 0) for k, v in rows.items()}, ['precision', 'recall', 'F1', 'IoU'], unit='%, mean over images'))
-    return sorted(p.name for p in out.iterdir() if p.name[0] != '.')
+    return sorted(f.relative_to(out).as_posix() for f in out.rglob('*') if f.is_file() and f.name[0] != '.')
