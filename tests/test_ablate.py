@@ -45,7 +45,7 @@ def test_each_distinct_stage_runs_once(tmp_path):
     assert said[-1] == 'stages: classifier made 1 time, shared 5 times; labels made 2 times, shared 4 times; segment made 6 times, shared 0 times'
     records = metrics.read_results(tmp_path/'out'/'result.json')
     assert [r.preset for r in records] == [f'LAPTOP, {name}' for name in changes] and records == [r for rows in results.values() for r in rows]
-    assert records[0].run == 'sharp=1,rounds=1/seed0, best of each stage' and len({r.value for r in records}) == 6
+    assert records[0].run == 'sharp=1,rounds=1/seed0, last of each stage' and len({r.value for r in records}) == 6
 
 
 def test_a_shared_stage_gives_the_same_numbers_as_one_of_its_own(tmp_path):
@@ -80,6 +80,22 @@ def test_a_stale_stage_of_files_is_unlinked_before_it_is_written(tmp_path, monke
     monkeypatch.setattr(np, 'save', lambda f, a, save=np.save: save(f, a + 1))
     run(combinations(dict(rounds=(2,))), out, resume=True)
     assert file_hash(theirs) == before != file_hash(mine) and staged_method.RAN[-2:] == ['labels', 'segment']
+
+
+def test_scores_of_older_weights_never_stand_for_newer_ones(tmp_path, monkeypatch):
+    out, one = tmp_path/'out', combinations(dict(rounds=(2,))); old = run(one, out)['rounds=2'][0]
+    own, scored = staged_method.stage_hashes, []
+    monkeypatch.setattr(staged_method, 'stage_hashes', lambda cfg, data: own(cfg, data) | dict(labels='new', segment='new')) # the code of two stages changes …
+    monkeypatch.setattr(np, 'save', lambda f, a, save=np.save: save(f, 1 - a))
+    def evaluate(*given, evaluate=staged_method.evaluate):
+        scored.append(1)
+        if len(scored) == 1: raise KeyboardInterrupt # … and the resumed ablation is killed when all is trained
+        return evaluate(*given)
+    monkeypatch.setattr(staged_method, 'evaluate', evaluate)
+    with pytest.raises(KeyboardInterrupt): run(one, out, resume=True)
+    staged_method.RAN.clear(); new = run(one, out, resume=True)['rounds=2'][0]
+    assert staged_method.RAN == [] and len(scored) == 2 and new.value != old.value and new.weights_hash != old.weights_hash
+    assert run(one, out, resume=True)['rounds=2'][0] == new and len(scored) == 2
 
 
 @pytest.mark.parametrize('stop', staged_method.STAGES)
@@ -177,6 +193,23 @@ def test_the_command_leaves_table_chart_and_page(tmp_path, capsys):
     assert len(json.loads((tmp_path/'out'/'sharp=1,rounds=1'/'seed0'/'classes.json').read_text())) == 8
 
 
+def test_a_misspelt_metric_costs_one_run(tmp_path, capsys):
+    words = ['ablate', 'staged', '--over', 'rounds=1,2,3', '--out', tmp_path/'out']
+    code, text = command(capsys, *words, '--metric', ' ,'); assert code == 2 and 'empty place' in text and not (tmp_path/'out').exists()
+    code, text = command(capsys, *words, '--metric', 'cross,mIoU'); assert code == 2 and "['mIoU'] in --metric cross,mIoU" in text and 'cross entropy' in text and '2 of 3' not in text
+    assert [p.parent.parent.name for p in (tmp_path/'out').glob('*/*/scores.json')] == ['rounds=1']
+    code, text = command(capsys, *words, '--metric', 'cross', '--resume'); assert code == 0 and text.count('is there') == 1 and '3 of 3' in text
+
+
+def test_a_folder_of_runs_is_no_run(tmp_path, capsys):
+    out = tmp_path/'out'; run(combinations(dict(rounds=(1, 2))), out); write_image(tmp_path/'a.png', np.zeros((32, 48, 3), np.uint8))
+    for words in (['predict', 'staged', '--run', out, '--out', tmp_path/'own', tmp_path/'a.png'], ['eval', 'staged', '--run', out]):
+        code, text = command(capsys, *words); assert code == 2 and f'--run {out/"rounds=1"/"seed0"}, one of 2 runs inside: rounds=1/seed0, rounds=2/seed0' in text
+    code, text = command(capsys, 'eval', 'staged', '--run', out/'rounds=2'); assert code == 2 and 'one of 1 runs inside: seed0' in text
+    (out/'rounds=2'/'seed0'/'config.yaml').unlink(); code, text = command(capsys, 'eval', 'staged', '--run', out/'rounds=2'/'seed0'); assert code == 2 and 'check --run' in text # stages are no runs
+    assert not (tmp_path/'own').exists()
+
+
 def test_one_by_one_and_seeds(tmp_path, capsys):
     code, text = command(capsys, 'ablate', 'staged', '--over', 'rounds=1,2,3', '--over', 'hard=false,true', '--one-by-one', '--seeds', '0,1', '--split', 'test', '--out', tmp_path/'out')
     records = metrics.read_results(tmp_path/'out'/'result.json')
@@ -202,7 +235,7 @@ def test_a_run_in_stages_is_trained_scored_and_used(tmp_path, capsys):
     code, text = command(capsys, 'train', 'staged', '--out', out)
     assert code == 0 and f'wrote {out}: stages classifier, labels, segment' in text and f'wsl-nb eval staged --run {out}' in text
     assert command(capsys, 'eval', 'staged', '--run', out)[0] == 0
-    assert metrics.read_results(out/'eval_val.json')[0].run == 'run, best of each stage'
+    assert metrics.read_results(out/'eval_val.json')[0].run == 'run, last of each stage' # nothing was evaluated, so there is no best
     assert command(capsys, 'eval', 'staged', '--run', out, '--checkpoint', 'last', '--overwrite')[0] == 0
     assert metrics.read_results(out/'eval_val.json')[0].run == 'run, last of each stage'
     code, text = command(capsys, 'eval', 'staged', '--run', out, '--checkpoint', '2', '--overwrite'); assert code == 2 and 'best or last' in text

@@ -1,5 +1,5 @@
 "The command line, end to end, on a method of thirty lines: exit codes, messages, nothing overwritten unasked."
-import json, re, shutil, signal, subprocess, sys, time
+import contextlib, dataclasses, json, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +43,13 @@ def test_help_is_quick_and_complete():
     code = 'import sys; from wsl_nb.cli import main; assert main(["--help"]) == 0; assert not {"torch", "tyro", "matplotlib"} & set(sys.modules)'
     text = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
     for command in ('demo', 'lab', 'data', 'train', 'ablate', 'eval', 'predict', 'replay', 'results', 'doctor', 'assets'): assert command in text
+
+
+def test_help_offers_the_methods_that_are_built(capsys):
+    for command in ('demo', 'train', 'ablate', 'eval', 'predict', 'doctor'):
+        with contextlib.suppress(SystemExit): cli.main([command, *(['toy'] if command in cli.WITH_RECIPE else []), '--help'])
+        assert f'one of {", ".join(cli.methods_present())}' in ' '.join(capsys.readouterr().out.split())
+    assert 'toy' in cli.methods_present()
 
 
 def test_every_field_of_the_recipe_is_a_flag(capsys):
@@ -111,6 +118,52 @@ def test_eval_writes_complete_records_once(run, capsys):
     assert code == 2 and '1..6' in text
     code, text = refused(capsys, 'eval', 'toy', '--run', run, '--split', 'dev')
     assert code == 2 and 'dev' in text
+
+
+@pytest.fixture()
+def drawing(toy, monkeypatch):
+    "Gives the toy protocols and pictures; what it was asked for."
+    asked, module = [], sys.modules['wsl_nb.toy']
+    def protocols(model, split, cfg, chosen, processes=0):
+        asked.append(('scores', list(chosen), processes))
+        return {n: [dataclasses.replace(r, metric=m, unit=u) for r in module.evaluate(model, split, cfg) for m, u in (('mIoU', '%'), ('F1', 'share'))] for n in chosen}
+    def pictures(model, split, cfg, out, protocol=None, processes=0):
+        asked.append(('pictures', protocol, processes)); (out/'a.png').touch(); return ['a.png']
+    for name, value in dict(PROTOCOLS=dict(given='G', predicted='P'), evaluate_protocols=protocols, evaluation_files=pictures).items(): monkeypatch.setattr(module, name, value, raising=False)
+    return asked
+
+
+def test_several_protocols_are_one_table(run, drawing, tmp_path, capsys):
+    from wsl_nb.metrics import read_results
+    file = tmp_path/'scores.json'; capsys.readouterr()
+    assert cli.main(['eval', 'toy', '--run', str(run), '--protocol', 'all', '--out', str(file)]) == 0
+    text = capsys.readouterr().out
+    assert '| metric | given | predicted |' in text and text.count('mIoU (%)') == 1 and '<br>' not in text and '[1]' not in text and 'F1' not in text
+    assert f'wrote {file}: 4 numbers, each with its protocol' in text and [(r.metric, r.run) for r in read_results(file)] == [(m, 'toy/step_000004, best on val') for m in ('mIoU', 'F1')] * 2
+    assert cli.main(['eval', 'toy', '--run', str(run), '--protocol', 'given', '--out', str(file), '--overwrite']) == 0 and '[1]' in capsys.readouterr().out
+
+
+def test_pictures_are_of_one_protocol_and_need_masks(run, drawing, tmp_path, capsys):
+    words, out = ['eval', 'toy', '--run', run, '--out', tmp_path/'scores.json', '--overwrite', '--pictures', tmp_path/'pictures'], tmp_path/'pictures'
+    code, text = refused(capsys, *words, '--protocol', 'all'); assert code == 2 and 'given, predicted' in text and 'one protocol' in text
+    names = json.loads((run/'classes.json').read_text()); own = tmp_path/'own'; random = np.random.default_rng(0)
+    for name in names:
+        (own/name).mkdir(parents=True)
+        for i in range(2): write_image(own/name/f'{i}.png', random.integers(0, 256, (32, 32, 3), np.uint8))
+    (own/'classes.txt').write_text('\n'.join(names) + '\n')
+    code, text = refused(capsys, *words, '--layout', 'folder', '--data', own); assert code == 2 and 'no masks' in text
+    assert drawing == [] and not out.exists() and not (tmp_path/'scores.json').exists()
+    assert cli.main([str(w) for w in (*words, '--protocol', 'predicted', '--processes', '2')]) == 0 and drawing == [('scores', ['predicted'], 2), ('pictures', 'P', 2)]
+    drawing.clear(); assert cli.main([str(w) for w in words]) == 0 and drawing == [('pictures', None, 0)] and (out/'a.png').exists()
+
+
+def test_class_names_of_the_pets_are_known(run, tmp_path, monkeypatch):
+    from wsl_nb.formats_pet import PET_CLASSES
+    module = cli.method('toy'); monkeypatch.setattr(sys.modules['wsl_nb.toy'], 'PET', dataclasses.replace(module.LAPTOP, layout='pet'), raising=False)
+    from safetensors.torch import save_file
+    save_file(module.Toy(module.LAPTOP, len(PET_CLASSES)).state_dict(), tmp_path/'weights.safetensors')
+    args = cli.build_parser().parse_args(['predict', 'toy', '--preset', 'PET', '--weights', str(tmp_path/'weights.safetensors'), '--out', 'x', 'y.png'])
+    assert tuple(cli.predictor(args)[3]) == PET_CLASSES
 
 
 def test_predict_keeps_the_size_of_own_images(run, tmp_path, capsys):
@@ -259,7 +312,7 @@ def test_commands_of_the_readme_are_understood():
         args, rest = cli.build_parser().parse_known_args(words)
         recipes = cli.presets(cli.method(args.method)) if hasattr(args, 'preset') and args.method in cli.methods_present() else {}
         assert not hasattr(args, 'preset') or args.preset in recipes, words
-        if args.command == 'train': cli.recipe(recipes[args.preset], rest) # what is left are fields of the recipe, else exit 2
+        if args.command in cli.WITH_RECIPE: cli.recipe(recipes[args.preset], rest) # what is left are fields of the recipe, else exit 2
         else: assert not rest, words
 
 

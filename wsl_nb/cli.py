@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['METHODS', 'COMMANDS', 'WITH_RECIPE', 'OPTIONS', 'methods_present', 'method', 'config_class', 'presets', 'as_flags',
            'read_yaml', 'recipe', 'chosen_recipe', 'embedded_arguments', 'open_data', 'fresh', 'seed_list', 'run_demo',
-           'clone', 'run_lab', 'note_classes', 'ended', 'run_train', 'trained', 'protocols_of', 'run_eval',
-           'run_replay', 'run_assets', 'own_images', 'predictor', 'from_weights', 'run_predict', 'add_options',
-           'build_parser', 'options_help', 'dispatch', 'main']
+           'clone', 'run_lab', 'note_classes', 'ended', 'run_train', 'runs_inside', 'trained', 'protocols_of',
+           'protocol_table', 'run_eval', 'run_replay', 'run_assets', 'own_images', 'usual_classes', 'predictor',
+           'from_weights', 'run_predict', 'add_options', 'build_parser', 'options_help', 'dispatch', 'main']
 
 # %% ../nbs/17_cli.ipynb #6dd48fc9
 import argparse, dataclasses, importlib, importlib.util, inspect, json, os, pkgutil, shutil, subprocess, sys, traceback
@@ -227,6 +227,13 @@ def run_train(
     if world()[0] == 0: print(ended(args.out, args.method))
     return 0
 
+# %% ../nbs/17_cli.ipynb #26d18b94
+def runs_inside(
+    folder: str | Path, # Of an ablation or a demo, or of one of their combinations
+) -> list: # Run folders
+    "The runs that lie one or two folders deeper."
+    return sorted(p.parent for deeper in ('*', '*/*') for p in Path(folder).glob(f'{deeper}/config.yaml'))
+
 # %% ../nbs/17_cli.ipynb #8e92b630
 def trained(
     module, # Namespace from `method`
@@ -237,8 +244,9 @@ def trained(
     from wsl_nb.core import require
     from wsl_nb.training_ablate import chosen_weights
     from wsl_nb.training_checkpoint import read_config
-    file = Path(run)/'config.yaml'
-    require(file.exists(), f'{run} without config.yaml', 'the folder of a run', 'check --run')
+    file, inside = Path(run)/'config.yaml', [p.relative_to(run).as_posix() for p in runs_inside(run) if p.name not in getattr(module, 'STAGES', ())]
+    cure = f'say --run {Path(run)/inside[0]}, one of {len(inside)} runs inside: {", ".join(inside[:8])}{", …" * (len(inside) > 8)}' if inside else 'check --run'
+    require(file.exists(), f'{run} without config.yaml', 'the folder of a run', cure)
     cfg = read_config(file, config_class(module)); which, rule = chosen_weights(module, cfg, run, which)
     return cfg, which, Path(run).resolve().name + rule
 
@@ -255,6 +263,18 @@ def protocols_of(
     require(known and set(asked) <= set(known), f'--protocol {names}', f'all, or some of {", ".join(known)}' if known else 'no --protocol: this method has one', 'check the name')
     return {n: known[n] for n in asked}
 
+# %% ../nbs/17_cli.ipynb #813c3d5a
+def protocol_table(
+    results: dict, # Name of each protocol -> `metrics.Result` records
+) -> str: # Markdown
+    "Protocols side by side: every mIoU in %, or, where none was measured, every metric."
+    from wsl_nb.training_records import table_rows
+    from wsl_nb.viz import markdown_table
+    results = {k: [dataclasses.replace(r, metric=r.metric.removesuffix(f', {k}')) for r in rows] for k, rows in results.items()} # the column says it
+    units = {r.metric: r.unit for rows in results.values() for r in rows}
+    names = tuple(m for m, unit in units.items() if unit == '%' and 'mIoU' in m) or tuple(units)
+    return markdown_table([row | {'metric': f'{row["metric"]} ({units[row["metric"]]})'} for row in table_rows(results, names)])
+
 # %% ../nbs/17_cli.ipynb #0ceab2b6
 def run_eval(
     args: argparse.Namespace, # Parsed line
@@ -266,6 +286,8 @@ def run_eval(
     from wsl_nb.training_ablate import load_trained
     module = method(args.method); cfg, which, origin = trained(module, args.run, args.checkpoint) # who chose the best has looked at its split
     chosen = protocols_of(module, args.protocol)
+    require(not args.pictures or hasattr(module, 'evaluation_files'), f'--pictures for {args.method}', 'a method that draws its evaluation', 'leave it out')
+    require(not args.pictures or not chosen or len(chosen) == 1, f'--pictures with the protocols {", ".join(chosen or ())}', 'one protocol, which makes the pictures', 'name one, or leave --protocol out')
     require(args.processes >= 0 and (chosen or not args.processes), f'--processes {args.processes}' + (' without --protocol' if not chosen else ''), '0 or more, for the dense CRF of --protocol', 'leave it out, or name a protocol')
     require(args.num_images is None or args.num_images > 0, f'--num-images {args.num_images}', '1 or more', 'leave it out for all images')
     data = open_data(dataclasses.replace(cfg, layout=args.layout) if args.layout else cfg, args.data); known = Path(args.run)/'classes.json'
@@ -274,13 +296,15 @@ def run_eval(
     label = split.name if split.subset is None else f'{split.name}_{split.subset}'
     file = Path(args.out or Path(args.run)/f'eval_{"_".join([label, *([args.protocol] if args.protocol else [])])}.json')
     require(args.overwrite or not file.exists(), f'{file}, which exists', 'a new file', 'say --overwrite, or another --out')
-    require(not args.pictures or hasattr(module, 'evaluation_files'), f'--pictures for {args.method}', 'a method that draws its evaluation', 'leave it out')
+    require(not args.pictures or 'mask' in split.source.fields, f'--pictures for {split.dataset} {split.name}, which has no masks', 'data with masks', 'leave it out; wsl-nb predict shows images without truth')
     pictures = fresh(args.pictures, args.overwrite) if args.pictures else None
     model = load_trained(module, cfg, args.run, len(data.classes), which)
-    results = [r for rows in module.evaluate_protocols(model, split, cfg, chosen, processes=args.processes).values() for r in rows] if chosen else module.evaluate(model, split, cfg)
-    results = [dataclasses.replace(r, run=origin) for r in results]
-    write_results(file, results); print(results_table(results)); print(f'wrote {file}')
-    if pictures: print(f'wrote {len(module.evaluation_files(model, split, cfg, pictures))} files to {pictures}')
+    found = module.evaluate_protocols(model, split, cfg, chosen, processes=args.processes) if chosen else {'': module.evaluate(model, split, cfg)}
+    results = [dataclasses.replace(r, run=origin) for rows in found.values() for r in rows]
+    write_results(file, results); print(results_table(results) if len(found) == 1 else f'{protocol_table(found)}\n')
+    print(f'wrote {file}' + (f': {len(results)} numbers, each with its protocol and where it comes from' if len(found) > 1 else ''))
+    how = dict(protocol=next(iter(chosen.values())), processes=args.processes) if chosen else {}
+    if pictures: print(f'wrote {len(module.evaluation_files(model, split, cfg, pictures, **how))} files to {pictures}')
     return 0
 
 # %% ../nbs/17_cli.ipynb #f75cf1ef
@@ -324,20 +348,29 @@ def own_images(
     require(found, f'no image among {list(map(str, paths))}', f'files that end in {" ".join(sorted(endings))}', 'check the folder')
     return found
 
+# %% ../nbs/17_cli.ipynb #4ed35bea
+def usual_classes(
+    layout: str, # Of the data
+) -> tuple: # Names in their order; empty where each set has its own
+    "The class names that all sets of a layout share."
+    from wsl_nb import data, formats
+    if layout == 'pet':
+        from wsl_nb.formats_pet import PET_CLASSES
+        return PET_CLASSES
+    return dict(embedded=data.CLASSES, voc=formats.VOC_CLASSES).get(layout, ())
+
 # %% ../nbs/17_cli.ipynb #af9942b1
 def predictor(
     args: argparse.Namespace, # `method`, `run` or `weights`, `preset`, `checkpoint`, `classes`
 ): # (namespace of the method, config, model, class names)
     "What `predict` needs, from a run, or from a weight file and a preset. Raises: `BadInput` if the class names are not known."
-    from wsl_nb import data, formats
     from wsl_nb.core import require
     from wsl_nb.training_ablate import load_trained
     require(bool(args.run) != bool(args.weights), 'both or neither of --run and --weights', 'one of them', 'say --run DIR or --weights FILE')
     module = method(args.method)
     cfg, which, _ = trained(module, args.run, args.checkpoint) if args.run else (chosen_recipe(args, [])[1], None, None)
     file = Path(args.run or '')/'classes.json'
-    usual = dict(embedded=data.CLASSES, voc=formats.VOC_CLASSES).get(getattr(cfg, 'layout', 'embedded'), ())
-    names = [c.strip() for c in args.classes.split(',')] if args.classes else json.loads(file.read_text()) if args.run and file.is_file() else usual
+    names = [c.strip() for c in args.classes.split(',')] if args.classes else json.loads(file.read_text()) if args.run and file.is_file() else usual_classes(getattr(cfg, 'layout', 'embedded'))
     require(names, 'no class names', '--classes a,b,…', 'name the classes in the order of training')
     learnt = json.loads(file.read_text()) if args.run and file.is_file() else names
     require(len(names) == len(learnt), f'--classes with {len(names)} names', f'{len(learnt)}: {", ".join(learnt)}', 'name every class of the run in its order, or leave --classes out')
@@ -407,16 +440,16 @@ WITH_RECIPE = ('train', 'ablate') # Commands that take the fields of the recipe 
 
 # %% ../nbs/17_cli.ipynb #2dcafc96
 OPTIONS = {
-    'method': dict(help=f'one of {", ".join(METHODS)}'), 'method?': dict(nargs='?', default='more', help='a method, or all (more)'),
+    'method': dict(help='one of METHODS'), 'method?': dict(nargs='?', default='more', help='one of METHODS, or all (more)'),
     'folder': dict(help='the folder'), 'results?': dict(nargs='?', default='results', help='the folder (results)', metavar='DIR'),
-    'recipe?': dict(nargs='?', help='a method whose recipe is timed', metavar='METHOD'), 'name': dict(help='which one'), 'voc': dict(help='folder with VOC 2012'), 'sbd': dict(help='folder with SBD'), 'layout': dict(help='voc, coco, folder, …; see data list'), 'images': dict(nargs='+', help='image files, or a folder', metavar='IMAGE'),
+    'recipe?': dict(nargs='?', help='one of METHODS, whose recipe is timed', metavar='METHOD'), 'name': dict(help='which one'), 'voc': dict(help='folder with VOC 2012'), 'sbd': dict(help='folder with SBD'), 'layout': dict(help='voc, coco, folder, …; see data list'), 'images': dict(nargs='+', help='image files, or a folder', metavar='IMAGE'),
     '--out': dict(help='where to write'), '--overwrite': dict(action='store_true', help='replace what an earlier command wrote there'),
     '--seeds': dict(default='0', help='one or more, with commas; several give a mean with its spread (0)'),
     '--preset': dict(default='LAPTOP', help='recipe by name (LAPTOP)'), '--data': dict(help='folder of the data; without it, data are drawn'),
     '--resume': dict(action='store_true', help='go on from the last checkpoint in --out'), '--config': dict(help='YAML file of recipe fields'),
     '--run': dict(help='folder that train wrote'), '--checkpoint': dict(default='best', help='best, last or a number of steps (best)'),
     '--split': dict(help='split to score (eval_split of the recipe)'), '--num-images': dict(type=int, help='only the first N images; never a recorded result'),
-    '--pictures': dict(help='folder for a picture of each image, a chart, and the scores of all images as arrays'),
+    '--pictures': dict(help='folder for a picture of each image, a chart, and the scores of all images as arrays; with --protocol, of a single one'),
     '--protocol': dict(help='inference protocols, with commas, or all; without it the validation of the recipe'), '--processes': dict(type=int, default=0, help='worker processes of the dense CRF (0: none)'),
     '--batch': dict(type=int, help='images an update, without it those of the recipe; with --find-batch-size the most that are tried'),
     '--find-batch-size': dict(action='store_true', help='measure 1, 2, 4, … images an update, until they no longer fit'), '--memory': dict(type=float, metavar='GB', help='what --find-batch-size may use (the GPU; without one, 90 %% of this machine)'),
@@ -429,7 +462,7 @@ OPTIONS = {
     '--layout?': dict(help='layout of --data, where it is not the one of the recipe'), '--layout': dict(default='voc', help='layout to write, see data list (voc)'),
     '--seed': dict(type=int, default=0, help='(0)'), '--size': dict(type=int, default=96, help='side in pixels (96)'),
     '--train': dict(type=int, default=4000, help='images (4000)'), '--val': dict(type=int, default=400, help='images (400)'), '--test': dict(type=int, default=400, help='images (400)'),
-} # What each option is
+} # What each option is; METHODS stands for the names of those that are built
 
 # %% ../nbs/17_cli.ipynb #199e8014
 def add_options(
@@ -440,6 +473,7 @@ def add_options(
     for word in COMMANDS[command][2].split():
         name, settings = word.rstrip('!?'), OPTIONS.get(word) or OPTIONS[word.rstrip('!')]
         name = dict(results='folder', recipe='method').get(name, name)
+        if 'METHODS' in settings['help']: settings = settings | dict(help=settings['help'].replace('METHODS', ', '.join(methods_present())))
         parser.add_argument(name, **settings, **({'required': True} if word.endswith('!') else {}))
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     parser.set_defaults(command=command)

@@ -14,13 +14,13 @@ def shown_metrics(
     results: dict, # Name -> `metrics.Result` records
     like: str = '', # Parts of names, with commas; '': those that end in the same word as the first
 ) -> list: # Names of metrics that every combination has
-    "The metrics of an ablation's table. Raises: `BadInput` if none has such a name."
+    "The metrics of an ablation's table. Raises: `BadInput` for a part that no name has."
     from wsl_nb.core import require
     tables = [[r.metric for r in rows] for rows in results.values()]; shared = list(dict.fromkeys(m for m in tables[0] if all(m in t for t in tables)))
-    words = [w.strip() for w in like.split(',')]
-    found = [m for m in shared if any(w in m for w in words)] if like else [m for m in shared if m.split()[-1] == shared[0].split()[-1]]
-    require(found, f'--metric {like}', f'part of one of {", ".join(shared)}', 'mend it; the same command with --resume makes the page again')
-    return found
+    words = [w.strip() for w in like.split(',')] if like else []
+    lost = [w for w in words if not w or not any(w in m for m in shared)]
+    require(not lost, f'{lost} in --metric {like}', f'parts of some of {", ".join(shared)}', 'mend it; the same command with --resume goes on with what is there')
+    return [m for m in shared if any(w in m for w in words)] if like else [m for m in shared if m.split()[-1] == shared[0].split()[-1]]
 
 # %% ../nbs/17b_cli_ablate.ipynb #6faf90a7
 def moved(
@@ -39,10 +39,10 @@ def ablation_rows(
 ) -> list: # One dict a combination: its fields, then its metrics
     "The table of an ablation; ± is the sample standard deviation over seeds."
     from wsl_nb.training_ablate import shown
-    def _cell(r):
-        digits = 1 if r.unit == '%' else 3
-        return f'{r.value:.{digits}f}' + (f' ± {r.spread:.{digits}f}' if isinstance(r.spread, float) and math.isfinite(r.spread) else '')
-    return [{f: shown(v) for f, v in values.items()} | {f'{r.metric} ({r.unit})': _cell(r) for r in results[name] if r.metric in names} for name, values in changes.items()]
+    from wsl_nb.training_records import table_rows
+    units = {r.metric: r.unit for rows in results.values() for r in rows}
+    cells = {row['metric']: row for row in table_rows(results, tuple(names))}
+    return [{f: shown(v) for f, v in values.items()} | {f'{m} ({units[m]})': cells[m][name] for m in names} for name, values in changes.items()]
 
 # %% ../nbs/17b_cli_ablate.ipynb #f55bfd97
 def ablation_panel(
@@ -116,11 +116,13 @@ def run_ablate(
     require(args.over, 'no --over', '--over field=value,value', 'name what shall be varied, e.g. --over lr=1e-4,1e-3')
     require(args.out, 'no --out', '--out DIR', 'say where the runs shall be written')
     require(cfg.seed == start.seed, f'--seed {cfg.seed}', '--seeds', f'say --seeds {cfg.seed}: each combination runs once for each')
+    require(not args.metric or all(w.strip() for w in args.metric.split(',')), f'--metric {args.metric}', 'parts of names with commas', 'fill in the empty place')
     changes, said = combinations(read_over(cfg, args.over), args.one_by_one), []
     def _say(text): said.append(text); print(text, flush=True)
     fixed = [f'{f.name}={shown(getattr(cfg, f.name))}' for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != getattr(start, f.name)]
     name, seeds = ', '.join([args.preset, *fixed]), seed_list(args.seeds)
-    results = ablate(module, cfg, changes, lambda one: open_data(one, args.data), args.out, seeds, args.split or getattr(cfg, 'eval_split', '') or 'val', resume=args.resume, preset=name, say=_say)
+    results = ablate(module, cfg, changes, lambda one: open_data(one, args.data), args.out, seeds, args.split or getattr(cfg, 'eval_split', '') or 'val', resume=args.resume, preset=name, say=_say,
+                     look=lambda records: shown_metrics({'first': records}, args.metric)) # a misspelt --metric costs one run, not all
     if world()[0]: return 0
     for run in Path(args.out).glob('*/*/'): note_classes(run, open_data(cfg, args.data).classes) # so that `predict` knows them
     notes = [f'Other than in {args.preset}: {", ".join(fixed)}.'] * bool(fixed) + [t.capitalize() + '.' for t in said if t.startswith('stages: ')]

@@ -89,12 +89,16 @@ def chosen_weights(
     which: str = 'best', # 'best', 'last' or a number of steps; without any evaluation the last is the best
 ) -> tuple: # (what to load: 'best', 'last' or a number of steps; what a record's `run` says behind the folder)
     "Which weights of a run are meant, and how they were chosen. Raises: `BadInput` if there are none such."
-    if hasattr(method, 'STAGES'):
-        core.require(which in ('best', 'last'), f'checkpoint {which}', 'best or last: the run has stages', 'say --checkpoint best or last')
-        return which, f', {which} of each stage'
-    last = disk.checkpoint(run)
-    if which == 'best' and not json.loads((last/'progress.json').read_text()).get('best'): which = 'last'
-    return which, f'/{disk.checkpoint(run, which).name}, ' + (f'best on {getattr(cfg, "eval_split", "val")}' if which == 'best' else which)
+    run, scored = Path(run), lambda folder: bool(json.loads((disk.checkpoint(folder)/'progress.json').read_text()).get('best'))
+    if not hasattr(method, 'STAGES'):
+        if which == 'best' and not scored(run): which = 'last'
+        return which, f'/{disk.checkpoint(run, which).name}, ' + (f'best on {getattr(cfg, "eval_split", "val")}' if which == 'best' else which)
+    core.require(which in ('best', 'last'), f'checkpoint {which}', 'best or last: the run has stages', 'say --checkpoint best or last')
+    trained = [s for s in getattr(cfg, 'stages', method.STAGES) if (run/s/'result.json').is_file() and disk.checkpoints(run/s)] # other stages make files only
+    taken = {s: 'best' if which == 'best' and scored(run/s) else 'last' for s in trained}
+    if len(set(taken.values())) > 1: return which, ''.join(f', {k} of {" and ".join(s for s in taken if taken[s] == k)}' for k in ('best', 'last'))
+    which = next(iter(taken.values()), which)
+    return which, f', {which} of each stage'
 
 # %% ../nbs/14d_training_ablate.ipynb #0f15d4c5
 def load_trained(
@@ -223,6 +227,7 @@ def train_and_score(
     "Trains one combination, or the rest of it, with the stages that other runs have; then scores it."
     taken = []
     def _prepare():
+        (run/'scores.json').unlink(missing_ok=True) # of weights that are about to change
         with core.atomic(run/'asked.json') as spare: disk.write_part(spare, disk.as_plain(cfg)) # config.yaml is the method's, which may complete it
         if hasattr(method, 'STAGES'): taken.extend(share_stages(method, cfg, data, run))
     once(_prepare)
@@ -259,6 +264,7 @@ def ablate(
     resume: bool = False, # Go on with an ablation that was interrupted, or that gets more values or seeds
     preset: str = '', # Name of `cfg` in the records; '': as the method names it
     say=print, # Gets a line for each run
+    look=lambda records: None, # Gets the records of the first run; what it raises ends the ablation there
 ) -> dict: # Name -> `metrics.Result` records, means over the seeds
     "Trains and scores every combination, each distinct stage once. Raises: `BadInput`, before any training where it can be known."
     from accelerate import PartialState
@@ -273,6 +279,7 @@ def ablate(
         found = opened(one); known = known_scores(method, one, found, run)
         say(f'{i} of {len(jobs)}: {name}, seed {s}' + (', is there' if known else ''))
         scores[name, s] = known or train_and_score(method, one, found, run, split, which, say)
+        if i == 1: look(scores[name, s])
     results = {name: [replace(r, preset=f'{preset or r.preset}, {name}') for r in joined([scores[name, s] for s in seeds], say)] for name in changes}
     once(lambda: metrics.write_results(out/'result.json', [r for rows in results.values() for r in rows]))
     counts = [(k, c) for k, c in stage_counts(out, getattr(method, 'STAGES', ())).items() if any(c)]
