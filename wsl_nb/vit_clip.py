@@ -151,7 +151,6 @@ def read_clip_file(
     file: str | Path, # .pt, .pth, .bin or .safetensors
 ) -> tuple[dict, str]: # Name -> tensor; its form: 'TorchScript archive', 'safetensors', 'training checkpoint' or 'state dict'
     "Weights of a CLIP file, as they are written. Raises: `BadInput` if the file is missing, damaged, or holds more than tensors."
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
     file = Path(file)
     require(file.is_file(), f'no file at {file}', 'a file of CLIP weights', 'fetch it by hand, nothing is downloaded here; open_clip.get_pretrained_url(name, tag) tells the address of OpenAI and LAION weights')
@@ -162,8 +161,8 @@ def read_clip_file(
         if script:
             with zipfile.ZipFile(file) as archive: return _ScriptReader(archive, script.removesuffix('constants.pkl')).load().tensors(), 'TorchScript archive'
         found, form = torch.load(file, map_location='cpu', weights_only=True), 'state dict'
-    except (pickle.UnpicklingError, SafetensorError, zipfile.BadZipFile, RuntimeError, EOFError, KeyError, ValueError) as e:
-        raise BadInput(f'{file}, which cannot be read safely ({str(e).splitlines()[0][:120]})', 'a file of tensors', 'fetch it again, or save the bare state dict') from None
+    except Exception as e: # a damaged or hostile pickle can raise anything
+        raise BadInput(f'{file}, which cannot be read safely ({(str(e).splitlines() or [type(e).__name__])[0][:120]})', 'a file of tensors', 'fetch it again, or save the bare state dict') from None
     if isinstance(found, dict) and isinstance(found.get('state_dict'), dict): found, form = found['state_dict'], 'training checkpoint'
     require(isinstance(found, dict) and found and all(map(torch.is_tensor, found.values())), f'{file} with a {type(found).__name__} of {len(found) if hasattr(found, "__len__") else 1} entries', 'a state dict of tensors', 'save the bare state dict of the model')
     return {k.removeprefix('module.'): v for k, v in found.items()}, form
