@@ -262,13 +262,13 @@ def changed_share(model, cfg, batch):
 def bf16_rows(quick, repeats, now):
     "Changed label-map pixels of trained models: the shipped small ones on held-out drawn images, at the four scales of the VOC recipe."
     from wsl_nb.core import BadInput
-    from wsl_nb.more_recipe import demo_data
+    from wsl_nb.data import embedded_of
     from wsl_nb.pretrain import shipped
     for name in ('more_laptop', 'more_unwindowed'):
         try: model, cfg, *_ = shipped(name)
         except BadInput:
             yield Row(f'bf16 label maps of {name}', more={'not run': 'no such asset; make assets'}); continue
-        split = demo_data(cfg).split('val', ('image', 'label'))
+        split = embedded_of(cfg).split('val', ('image', 'label'))
         samples = [split[i] for i in range(8 if quick else 100)]
         batch = dict(image=normalise(torch.stack([s['image'] for s in samples])), label=torch.stack([s['label'] for s in samples]))
         share = changed_share(model, replace(cfg, scales=VIT_B.scales), batch)

@@ -33,11 +33,12 @@ def scored(cfg, folder):
 
 def ablation(runs, out):
     "LAPTOP with one thing changed."
+    from wsl_nb.data import embedded_of
     from wsl_nb import more_recipe
     from wsl_nb.more_base import LAPTOP
     from wsl_nb.training_ablate import ablate, folder_name
     runs = runs / 'ablation'
-    ablate(more_recipe, LAPTOP, CHANGED, more_recipe.demo_data, runs, SEEDS, 'test', 'last', (runs / 'ablation.json').exists(), 'LAPTOP')
+    ablate(more_recipe, LAPTOP, CHANGED, embedded_of, runs, SEEDS, 'test', 'last', (runs / 'ablation.json').exists(), 'LAPTOP')
     shutil.copy(runs / 'result.json', out)
     for name in CHANGED: shutil.copy(runs / folder_name(name) / 'seed0' / 'config.yaml', out / f'config_{name.replace(", ", "_").replace(" ", "_")}.yaml')
 
@@ -47,9 +48,10 @@ def protocols(runs, out):
     from wsl_nb.metrics import write_results
     from wsl_nb.more_base import LAPTOP
     from wsl_nb.more_protocols import PROTOCOLS, evaluate_protocols, every_switch
-    from wsl_nb.more_recipe import demo_data, load_run
+    from wsl_nb.data import embedded_of
+    from wsl_nb.more_recipe import load_run
     from wsl_nb.training_ablate import joined
-    per_seed, data = [], demo_data(LAPTOP)
+    per_seed, data = [], embedded_of(LAPTOP)
     for s in SEEDS:
         cfg, folder = replace(LAPTOP, seed=s), runs / 'laptop' / f'seed{s}'
         scored(cfg, folder)

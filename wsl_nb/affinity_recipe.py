@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['STAGES', 'HOW', 'FIELDS', 'CHOICE', 'CODE', 'MODELS', 'LOSSES', 'RANGES', 'DEMO', 'SHOWN', 'stage_hashes',
            'from_imagenet', 'new_model', 'train_stage', 'check_values', 'check_recipe', 'train', 'load_parts', 'close',
-           'load_run', 'demo_data', 'train_and_score', 'updates', 'gain_values', 'gains', 'demo', 'demo_pictures',
-           'report']
+           'load_run', 'train_and_score', 'updates', 'gain_values', 'gains', 'demo', 'demo_pictures', 'report']
 
 # %% ../nbs/04a_affinity_recipe.ipynb #b2750dcc
 import importlib, json, time
@@ -22,12 +21,13 @@ from .affinity_labels import begin, make_labels, make_pseudo, pixels, train_tran
 from .affinity_scores import KINDS, Pipeline, evaluate, label_maps, score_maps, stage_scores
 from .core import atomic, file_hash, require, seed_everything
 from .crf import crf_backend
-from .metrics import combine, write_results
+from .data import embedded_of
+from .metrics import write_results
 from .training import Run, claim, lr_factor, stage_done, stage_hash
 from .training_checkpoint import checkpoint, load_model, load_weights, read_config, read_weights
 from .training_config import check_config
 from .training_order import world
-from .training_records import note_start, run_all, table_rows
+from .training_records import note_start, run_seeds, scored_run, table_rows
 
 # %% ../nbs/04a_affinity_recipe.ipynb #77ccaeaf
 STAGES = ('classifier', 'labels', 'affinity', 'pseudo', 'segment') # In the order in which they run; three train, two write files
@@ -219,25 +219,13 @@ def load_run(
 DEMO = dict(plain=LAPTOP, camouflage=LAPTOP_CAMOUFLAGE) # Name in tables -> recipe
 SHOWN = tuple(f'{k} {m}' for m in ('mIoU', 'foreground IoU', 'precision', 'recall') for k in KINDS) + ('tags F1', 'top-1 class is present') # Rows of the demo's table
 
-# %% ../nbs/04a_affinity_recipe.ipynb #196dc5ac
-def demo_data(
-    cfg: AffinityNetConfig, # Embedded-data fields
-): # `data.Set`
-    "The drawn images of a recipe."
-    from wsl_nb.data import embedded
-    return embedded(cfg.data_preset, size=cfg.crop, train=cfg.data_train, val=cfg.data_eval, test=cfg.data_eval, camouflage=cfg.data_camouflage)
-
 # %% ../nbs/04a_affinity_recipe.ipynb #d7a4f6fb
 def train_and_score(
     cfg: AffinityNetConfig, # Recipe
     out: str | Path, # Run folder
 ) -> list: # `metrics.Result` records of the test split
     "One run of the demo, in one thread: all stages, then one evaluation on the test split."
-    threads = torch.get_num_threads(); torch.set_num_threads(1)
-    try:
-        data = demo_data(cfg); train(cfg, data, out)
-        return [replace(r, run=f'{Path(out).parent.name}/{Path(out).name}') for r in evaluate(load_run(out, len(data.classes))[0], data.split('test'), cfg)]
-    finally: torch.set_num_threads(threads)
+    return scored_run(cfg, out, embedded_of(cfg), train, load_run, evaluate)
 
 # %% ../nbs/04a_affinity_recipe.ipynb #76daee35
 def updates(
@@ -278,13 +266,11 @@ def demo(
     out, began = Path(out), time.perf_counter()
     recipes = {k: replace(c, steps=steps or 0) for k, c in DEMO.items()}
     print(f'drawing twice {LAPTOP.data_train} training images, then classifier, labels, AffinityNet, pseudo labels and final network on image-level labels')
-    jobs = {(k, s): (replace(c, seed=s), out/k/f'seed{s}') for k, c in recipes.items() for s in seeds}
-    scores = run_all(train_and_score, {f'{k} {s}': job for (k, s), job in jobs.items()}, sum(updates(c) for c, _ in jobs.values()))
-    results = {k: [combine(rows) for rows in zip(*(scores[f'{k} {s}'] for s in seeds))] for k in recipes}
+    results, runs = run_seeds(train_and_score, recipes, out, seeds, updates)
     write_results(out/'result.json', [r for v in results.values() for r in v])
     print(markdown_table(table_rows(results, SHOWN)))
     for k, records in results.items(): print(f'{k}: ' + '; '.join(gains(records)))
-    report(out, results, {k: jobs[k, seeds[0]][1] for k in recipes}, time.perf_counter() - began)
+    report(out, results, runs, time.perf_counter() - began)
     print(f'page: {out/"report.html"}')
     return results
 
@@ -296,7 +282,7 @@ def demo_pictures(
 ) -> list: # Two figures for each image: scores of its first class, and label maps
     "Maps and labels after each step for the first test images."
     from wsl_nb.viz import draw_labels, draw_maps
-    data = demo_data(cfg); split = data.split('test', ('image', 'label', 'mask'))
+    data = embedded_of(cfg); split = data.split('test', ('image', 'label', 'mask'))
     model, figures = load_run(run, len(data.classes))[0], []
     samples = [split[i] for i in range(images)]
     found = {i: {} for i in range(images)}

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'COMMANDS', 'WITH_RECIPE', 'OPTIONS', 'methods_present', 'method', 'config_class', 'presets', 'as_flags',
-           'read_yaml', 'recipe', 'chosen_recipe', 'embedded_arguments', 'open_data', 'fresh', 'seed_list', 'run_demo',
-           'clone', 'run_lab', 'note_classes', 'ended', 'run_train', 'runs_inside', 'trained', 'protocols_of',
-           'protocol_table', 'run_eval', 'run_replay', 'run_assets', 'own_images', 'usual_classes', 'predictor',
-           'from_weights', 'run_predict', 'add_options', 'build_parser', 'options_help', 'dispatch', 'main']
+           'read_yaml', 'recipe', 'chosen_recipe', 'open_data', 'fresh', 'seed_list', 'run_demo', 'clone', 'run_lab',
+           'note_classes', 'ended', 'run_train', 'runs_inside', 'trained', 'protocols_of', 'protocol_table', 'run_eval',
+           'run_replay', 'run_assets', 'own_images', 'usual_classes', 'predictor', 'from_weights', 'run_predict',
+           'add_options', 'build_parser', 'options_help', 'dispatch', 'main']
 
 # %% ../nbs/17_cli.ipynb #6dd48fc9
 import argparse, dataclasses, importlib, importlib.util, inspect, json, os, pkgutil, shutil, subprocess, sys, traceback
@@ -101,17 +101,6 @@ def chosen_recipe(
     require(args.preset in known, f'preset "{args.preset}" of {args.method}', f'one of {sorted(known)}', 'check the name')
     return module, recipe(known[args.preset], flags, args.config, f'wsl-nb {args.command} {args.method}')
 
-# %% ../nbs/17_cli.ipynb #00bd4f0e
-def embedded_arguments(
-    cfg, # Recipe with fields `data_…`
-) -> dict: # Arguments of `data.embedded`
-    "What a recipe says about the embedded data: `data_eval` counts both val and test; without `data_size`, images are as large as the crop."
-    from wsl_nb.data import embedded
-    values = {f.name.removeprefix('data_'): getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name.startswith('data_')}
-    if 'eval' in values: values = {'val': values['eval'], 'test': values['eval']} | values
-    if hasattr(cfg, 'crop'): values = {'size': cfg.crop} | values
-    return {k: v for k, v in values.items() if k in inspect.signature(embedded).parameters}
-
 # %% ../nbs/17_cli.ipynb #d987a7f2
 def open_data(
     cfg, # Recipe with a field `layout`
@@ -123,7 +112,7 @@ def open_data(
     layout = getattr(cfg, 'layout', 'embedded')
     if layout == 'embedded':
         require(folder is None, f'--data {folder} with the layout "embedded"', 'no folder, or the layout of that folder', 'choose a preset for real data, or name the layout, e.g. --layout voc, or --layout folder for your own pictures')
-        return data.embedded(**embedded_arguments(cfg))
+        return data.embedded_of(cfg)
     require(folder is not None, f'no folder for the layout "{layout}"', '--data DIR', f'say where the data is, or take the preset LAPTOP, which draws its own')
     from wsl_nb.formats import open_set
     return open_set(folder, layout)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'as_sample', 'Split', 'Set', 'collate', 'cache_folder', 'Farm', 'draw_all', 'load_part', 'farm_source',
-           'embedded']
+           'embedded', 'embedded_of']
 
 # %% ../nbs/01_data.ipynb #6749fd6e
-import copy, functools, hashlib, json, os, zipfile, zlib
-from dataclasses import dataclass
+import copy, functools, hashlib, inspect, json, os, zipfile, zlib
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -253,3 +253,13 @@ def embedded(
     source = farm_source(preset, seed, size, tuple(counts.items()), float(camouflage), float(occlusion))
     ids = {split: [f'{preset}_{seed}_{split}_{i:05d}' for i in range(n)] for split, n in counts.items()}
     return Set(f'farm {preset}', 'farm', '', CLASSES, ids, source.hash, source)
+
+# %% ../nbs/01_data.ipynb #d00b6dde
+def embedded_of(
+    cfg, # Recipe with fields `data_…`
+) -> Set: # Drawn at first use, then cached
+    "The embedded set that a recipe names: `data_eval` counts both val and test; without `data_size`, images are as large as the crop."
+    values = {f.name.removeprefix('data_'): getattr(cfg, f.name) for f in fields(cfg) if f.name.startswith('data_')}
+    if 'eval' in values: values = {'val': values['eval'], 'test': values['eval']} | values
+    if hasattr(cfg, 'crop'): values = {'size': cfg.crop} | values
+    return embedded(**{k: v for k, v in values.items() if k in inspect.signature(embedded).parameters})

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHOWN_SIDE', 'DEMO', 'SHOWN', 'train_transform', 'eval_transform', 'Maps', 'infer', 'spread', 'empty_tally', 'tally',
-           'how_made', 'evaluate', 'demo_data', 'check_recipe', 'train', 'fitted_size', 'predict', 'train_and_score',
-           'load_run', 'demo', 'demo_pictures', 'report']
+           'how_made', 'evaluate', 'check_recipe', 'train', 'predict', 'load_run', 'train_and_score', 'demo',
+           'demo_pictures', 'report']
 
 # %% ../nbs/02a_more_recipe.ipynb #00538bc8
 import math, time
@@ -20,15 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .core import normalise, require, seed_everything
+from .data import embedded_of
 from .data_transforms import RandomView, Square
-from .maps import class_maps, hard_labels, multi_scale
-from .metrics import combine, confusion_matrix, far_mass, hot_isolated, record, segmentation_scores, tags_f1, write_results
+from .maps import class_maps, fitted_size, hard_labels, multi_scale
+from .metrics import confusion_matrix, far_mass, hot_isolated, record, segmentation_scores, tags_f1, write_results
 from .more import MoRe, attention_maps, groups, losses, total
 from .more_base import COCO_OFFICIAL, LAPTOP, LAPTOP_BASELINE, PRESETS, VOC_OFFICIAL, MoReConfig, preset_name, weights
 from .more_weights import start_from
 from .training import Run, each_once, lr_factor, sum_processes
 from .training_checkpoint import checkpoints, read_weights
-from .training_records import note_start, provenance, recipe_rows, run_all, table_rows
+from .training_records import note_start, provenance, recipe_rows, run_seeds, scored_run, table_rows
 
 # %% ../nbs/02a_more_recipe.ipynb #96c554f7
 def train_transform(
@@ -158,14 +159,6 @@ def _protocol(metric, cfg):
     if metric.startswith(('LAM', 'CAM')): return how_made(cfg, 'true', f'{cfg.eval_scales} and mirror', f'background {cfg.background}')
     return how_made(cfg, threshold='class score above 0' if metric.startswith('tags') else 'argmax')
 
-# %% ../nbs/02a_more_recipe.ipynb #d76b909e
-def demo_data(
-    cfg: MoReConfig, # Embedded-data fields
-): # `data.Set`
-    "The drawn images of a recipe."
-    from wsl_nb.data import embedded
-    return embedded(cfg.data_preset, size=cfg.crop, train=cfg.data_train, val=cfg.data_eval, test=cfg.data_eval)
-
 # %% ../nbs/02a_more_recipe.ipynb #3d194084
 def check_recipe(
     cfg: MoReConfig, # Asked for
@@ -203,15 +196,6 @@ def train(
         if cfg.eval_split and run.due('evaluate'): run.record(evaluate(run.plain_model, scored.first(cfg.eval_images if cfg.eval_images < len(scored) else 0), cfg))
     return run.close()
 
-# %% ../nbs/02a_more_recipe.ipynb #3e6ce4a8
-def fitted_size(
-    size: tuple[int, int], # Image (H,W)
-    cfg: MoReConfig, # Crop and patch side
-) -> tuple[int, int]: # (H,W), multiples of the patch side
-    "Size with the image's proportions and about the area of the training crop; no side under seven patches."
-    factor = cfg.crop / (size[0] * size[1]) ** .5
-    return tuple(max(7, round(n * factor / cfg.patch)) * cfg.patch for n in size)
-
 # %% ../nbs/02a_more_recipe.ipynb #755c23af
 SHOWN_SIDE = 1024 # Longer side of the maps of a large photograph, pixels: all classes at full size would fill the memory
 
@@ -227,7 +211,7 @@ def predict(
     found, device = [], next(model.parameters()).device
     for picture in images:
         image = torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1))).float().div(255)[None].to(device)
-        small = F.interpolate(image, size=fitted_size(picture.shape[:2], cfg), mode='bilinear', antialias=True, align_corners=False)
+        small = F.interpolate(image, size=fitted_size(picture.shape[:2], cfg.crop, cfg.patch), mode='bilinear', antialias=True, align_corners=False)
         out, size = infer(model, normalise(small.clamp(0, 1)), cfg), picture.shape[:2]
         upsampled = lambda m, to: F.interpolate(m, size=to, mode='bilinear', align_corners=False)
         present = ((out.scores > 0) | (out.scores == out.scores.max()))[0].nonzero().flatten()
@@ -243,18 +227,6 @@ DEMO = dict(baseline=LAPTOP_BASELINE, MoRe=LAPTOP) # Name in tables -> recipe
 SHOWN = ('LAM mIoU', 'CAM mIoU', 'decoder mIoU', 'LAM confusion ratio', 'CAM confusion ratio', 'decoder confusion ratio', 'LAM far mass', 'CAM far mass',
          'LAM far mass, whole map', 'CAM far mass, whole map', 'LAM hot patches outside', 'CAM hot patches outside', 'LAM hot patches isolated', 'CAM hot patches isolated', 'LAM maps without evidence', 'CAM maps without evidence', 'tags F1') # Rows of the demo's table
 
-# %% ../nbs/02a_more_recipe.ipynb #5dd0f9f1
-def train_and_score(
-    cfg: MoReConfig, # Recipe
-    out: str | Path, # Run folder
-) -> list: # `metrics.Result` records of the test split
-    "One run of the demo, in one thread: training, then one evaluation on the test split."
-    threads = torch.get_num_threads(); torch.set_num_threads(1)
-    try:
-        data = demo_data(cfg); train(cfg, data, out)
-        return [replace(r, run=f'{Path(out).parent.name}/{Path(out).name}') for r in evaluate(load_run(out, len(data.classes))[0], data.split('test'), cfg)]
-    finally: torch.set_num_threads(threads)
-
 # %% ../nbs/02a_more_recipe.ipynb #c72ae538
 def load_run(
     run: str | Path, # Folder of a finished or interrupted run
@@ -265,6 +237,14 @@ def load_run(
     from wsl_nb import training_checkpoint as disk
     cfg = disk.read_config(Path(run)/'config.yaml', MoReConfig)
     return disk.load_model(MoRe(cfg, classes), disk.checkpoint(run, which)), cfg
+
+# %% ../nbs/02a_more_recipe.ipynb #8b1b781a
+def train_and_score(
+    cfg: MoReConfig, # Recipe
+    out: str | Path, # Run folder
+) -> list: # `metrics.Result` records of the test split
+    "One run of the demo, in one thread: training, then one evaluation on the test split."
+    return scored_run(cfg, out, embedded_of(cfg), train, load_run, evaluate)
 
 # %% ../nbs/02a_more_recipe.ipynb #eec751b1
 def demo(
@@ -277,13 +257,11 @@ def demo(
     out, began = Path(out), time.perf_counter()
     recipes = {k: replace(c, steps=steps, seg_from=c.seg_from * steps // c.steps, switch=c.switch * steps // c.steps) if steps else c for k, c in DEMO.items()}
     print(f'drawing {LAPTOP.data_train} training images, then training baseline and MoRe on image-level labels ({recipes["MoRe"].steps} updates each)')
-    demo_data(LAPTOP).split('train', ('image',))[0]
-    jobs = {(k, s): (replace(c, seed=s), out/k.lower()/f'seed{s}') for k, c in recipes.items() for s in seeds}
-    scores = run_all(train_and_score, {f'{k} {s}': job for (k, s), job in jobs.items()}, sum(cfg.steps for cfg, _ in jobs.values()))
-    results = {k: [combine(rows) for rows in zip(*(scores[f'{k} {s}'] for s in seeds))] for k in recipes}
+    embedded_of(LAPTOP).split('train', ('image',))[0]
+    results, runs = run_seeds(train_and_score, recipes, out, seeds)
     write_results(out/'result.json', [r for v in results.values() for r in v])
     print(markdown_table(table_rows(results, SHOWN)))
-    report(out, results, {k: jobs[k, seeds[0]][1] for k in recipes}, time.perf_counter() - began)
+    report(out, results, runs, time.perf_counter() - began)
     print(f'page: {out/"report.html"}')
     return results
 
@@ -294,7 +272,7 @@ def demo_pictures(
 ) -> list: # Figures: for each image its maps under both models
     "Truth, CAM and LAM of both models, for the first object of the first test images."
     from wsl_nb.viz import draw_maps
-    data = demo_data(LAPTOP)
+    data = embedded_of(LAPTOP)
     split = data.split('test', ('image', 'label', 'mask'))
     samples, named = [split[i] for i in range(images)], {}
     batch = normalise(torch.stack([s['image'] for s in samples]))

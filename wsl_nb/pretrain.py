@@ -14,6 +14,7 @@ import torch
 
 from . import affinity_base
 from .core import asset, require, save_asset
+from .data import embedded_of
 from .data_farm import CLASSES
 from .more_base import LAPTOP, LAPTOP_BASELINE, MoReConfig
 
@@ -44,12 +45,12 @@ def snapshots(
 ) -> tuple: # Steps S, CAM and LAM uint8 (S,P,side,side), P pairs (image, class) in order
     "What every checkpoint of a run says about the classes of a few images."
     from wsl_nb.core import normalise
-    from wsl_nb.more_recipe import demo_data, infer, load_run
+    from wsl_nb.more_recipe import infer, load_run
     from wsl_nb.training_checkpoint import checkpoints
     steps, found = [int(p.name.split('_')[1]) for p in checkpoints(run)], []
     for step in steps:
         model, cfg = load_run(run, len(CLASSES), step)
-        samples = [demo_data(cfg).split('test', ('image', 'label'))[i] for i in range(images)]
+        samples = [embedded_of(cfg).split('test', ('image', 'label'))[i] for i in range(images)]
         pairs = torch.stack([s['label'] for s in samples]).nonzero()
         maps = infer(model, normalise(torch.stack([s['image'] for s in samples])).to(next(model.parameters()).device), cfg)
         small = [torch.nn.functional.interpolate(m.cpu(), size=side, mode='area')[pairs[:, 0], pairs[:, 1]] for m in (maps.cam, maps.lam)]
@@ -65,14 +66,14 @@ def make_course(
     **changes, # Fields of the recipes, for a trial
 ) -> None: # more_course is written
     "Trains the recipes of `COURSE` and keeps their maps over training, and the curves of their scores on val."
-    from wsl_nb.more_recipe import demo_data, train
+    from wsl_nb.more_recipe import train
     state, began, curves = {}, time.process_time(), {}
     threads = torch.get_num_threads(); torch.set_num_threads(1)
     try:
         for name, recipe in COURSE.items():
             cfg = replace(recipe, checkpoint_every=every, evaluate_every=every, keep_last=10 ** 6, **changes)
             with tempfile.TemporaryDirectory() as run:
-                train(cfg, demo_data(cfg), run)
+                train(cfg, embedded_of(cfg), run)
                 state['steps'], state[f'CAM {name}'], state[f'LAM {name}'], state['pairs'] = snapshots(run, images, side)
                 curves[name] = curve(run, every)
     finally: torch.set_num_threads(threads)
