@@ -74,7 +74,7 @@ def test_flags_over_file_over_preset(tmp_path):
     (['eval', 'toy', '--run', 'nowhere'], 'config.yaml'), (['predict', 'toy', '--run', 'nowhere', '--out', 'y', 'none.png'], 'none.png'), (['predict', 'toy', '--out', 'y'], 'IMAGE'),
     (['replay', 'nowhere'], 'facts.json'), (['data', 'check', 'voc', 'nowhere'], 'nowhere'), (['demo', 'toy', '--outt', 'x'], '--outt'), (['fly'], 'fly'), ([], 'COMMAND'),
     (['assets', 'make'], 'name'), (['eval', 'toy', '--run', 'RUN', '--protocol', 'cam2seg'], 'this method has one'), (['eval', 'toy', '--run', 'RUN', '--num-images', '0'], '1 or more'), (['eval', 'toy', '--run', 'RUN', '--processes', '-1'], '0 or more'), (['eval', 'toy', '--run', 'RUN', '--processes', '2'], 'without --protocol'),
-    (['data', 'check', 'cub', '.'], 'does not read it yet'), (['predict', 'toy', '--run', 'RUN', '--classes', 'a,b', '--out', 'y', 'IMAGE'], '--classes with 2 names'),
+    (['data', 'check', 'dior', '.'], 'does not read it yet'), (['predict', 'toy', '--run', 'RUN', '--classes', 'a,b', '--out', 'y', 'IMAGE'], '--classes with 2 names'),
     (['data', 'fetch', 'nothing', '--out', 'x'], 'pet'), (['data', 'fetch', 'cub', '--out', 'x'], 'by hand'), (['data', 'fetch', 'pet'], '--out'), (['doctor', 'toy'], 'step_cost'), (['doctor', 'toy', '--find-batch-size'], 'step_cost'), (['doctor', '--find-batch-size'], 'METHOD'), (['doctor', 'more', '--memory', '4'], '--find-batch-size'), (['ablate', 'nothing', '--over', 'lr=1', '--out', 'x'], 'one of'), (['doctor', 'nothing'], 'one of')])
 def test_bad_input_ends_with_2(words, says, run, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

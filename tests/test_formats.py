@@ -595,9 +595,9 @@ def test_the_command_line_makes_every_layout(tmp_path, monkeypatch, capsys, layo
     "`data make` for each layout; those that can be read are clean under `data check`; a refused set leaves the folder usable."
     from wsl_nb import cli
     monkeypatch.setenv('WSL_NB_CACHE', str(tmp_path/'cache')); out = tmp_path/'out'
-    if layout in ('cub', 'wsol', 'pet'): assert cli.main(['data', 'make', 'small', '--layout', layout, '--out', str(out), '--train', '2', '--val', '1', '--test', '1', '--size', '48']) == 2
+    if layout in ('cub', 'wsol', 'ilsvrc', 'pet'): assert cli.main(['data', 'make', 'small', '--layout', layout, '--out', str(out), '--train', '2', '--val', '1', '--test', '1', '--size', '48']) == 2
     assert cli.main(['data', 'make', 'wsol', '--layout', layout, '--out', str(out), '--train', '4', '--val', '2', '--test', '2', '--size', '48']) == 0
-    assert sum(1 for _ in out.rglob('*.jpg')) == 8
+    assert sum(p.suffix.lower() in ('.jpg', '.jpeg') for p in out.rglob('*')) == 8
     if layout in LAYOUTS: assert cli.main(['data', 'check', layout, str(out)]) == 0, capsys.readouterr().out
     assert cli.main(['data', 'list']) == 0 and layout in capsys.readouterr().out
 

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from .core import BadInput, read_image
-from .formats import ENDINGS, VOC_CLASSES, all_folders, coco_splits, decode_region, find_root, folder_sizes, mask_file, own_rows, read_list, read_xml, visible, unread
+from .formats import ENDINGS, LOCATED, VOC_CLASSES, all_folders, coco_splits, decode_region, find_root, folder_sizes, mask_file, own_rows, read_list, read_xml, visible, unread
 
 # %% ../nbs/18a_formats_check.ipynb #8e82f1f4
 @dataclass(frozen=True)
@@ -77,6 +77,23 @@ CURES |= dict(
     species=('broken', 'SPECIES that contradicts the initial: a capital is 1 (cat), a small letter 2 (dog)', 'restore the list from annotations.tar.gz'),
     apart=('broken', 'name in list.txt, or in trainval.txt and test.txt, but not in both', 'restore the three lists from one annotations.tar.gz'),
 ) # Those of Oxford-IIIT Pet
+
+# %% ../nbs/18a_formats_check.ipynb #18be3766
+CURES |= dict(
+    table=('missing', 'table missing', 'restore it from the official archive; without boxes a set still trains on image-level labels'),
+    record=('broken', 'line with other words than its list has', 'restore the list from the official archive'),
+    lost=('missing', 'image without a line', 'restore all lists of the set from one release'),
+    stray_line=('surplus', 'line of an image that is not listed', 'restore all lists of the set from one release'),
+    contradiction=('broken', 'class that contradicts the folder', 'restore the list of classes; the folder of an image and its class must say the same'),
+    frame=('broken', 'box outside its image, or empty', 'restore list and images from one release'),
+    edge=('broken', 'box that ends at the width or height of its image, as in half-open lists', "open and check the set with boxes='half-open'; if other lists of it are inclusive, restore this one"),
+    differ=('broken', 'class on which two lists differ', 'restore both lists; the folder in which a script has put the image shows which of them was used'),
+    stated=('broken', 'size in the list differs from the image', 'restore list and images from one release: boxes are meant for images of that size'),
+    extra=('surplus', 'image that no list names', 'restore the lists, or remove these files'),
+    shared=('broken', 'image in two splits', 'take it off one list, or scores are measured on images that were used before'),
+    wnid=('surplus', 'folder that is no class', 'give it the wnid of a class (n and eight digits), or move it away'),
+    untrue=('missing', 'image without a box', 'restore the list of boxes, or remove these files'),
+) # Those of CUB, WSOL lists and ILSVRC
 
 # %% ../nbs/18a_formats_check.ipynb #5cb28281
 class Faults:
@@ -284,7 +301,8 @@ def check_folder(
 # %% ../nbs/18a_formats_check.ipynb #ba156ec5
 def check(
     root: str | Path, # Folder of the set, or a usual parent
-    layout: str, # 'voc', 'coco', 'coco2014', 'coco2017', 'pet', 'folder'
+    layout: str, # One of `formats.LAYOUTS`
+    boxes: str = 'inclusive', # WSOL lists and ILSVRC only: what the numbers of a box mean, see `formats_wsol.BOXES`
 ) -> list: # Of `Finding`; empty when all is well
     "All that is missing, surplus or broken in a set, each with a cure. Raises: `BadInput` for an unknown layout."
     try: found = find_root(root, layout)
@@ -295,4 +313,7 @@ def check(
     if layout == 'pet':
         from wsl_nb.formats_pet import check_pet # which builds on this module
         return check_pet(found)
+    if layout in LOCATED:
+        from wsl_nb.formats_ilsvrc import check_located # likewise
+        return check_located(found, layout, boxes)
     return check_voc(found) if layout == 'voc' else check_coco(found, layout.removeprefix('coco'))

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['WRITERS', 'TRAIN_AUG', 'official_rows', 'write_lines', 'element', 'write_tree', 'write_xml', 'export_voc',
            'instance_masks', 'coco_annotations', 'export_coco', 'class_folder', 'one_class', 'export_cub',
-           'export_wsol', 'trimap', 'export_pet', 'export_dior', 'export_folder', 'export', 'find_sbd', 'read_sbd',
-           'train_aug_ids', 'aug_mask', 'build_train_aug']
+           'last_pixels', 'note_image', 'write_notes', 'export_wsol', 'export_ilsvrc', 'trimap', 'export_pet',
+           'export_dior', 'export_folder', 'export', 'find_sbd', 'read_sbd', 'train_aug_ids', 'aug_mask',
+           'build_train_aug']
 
 # %% ../nbs/18b_formats_write.ipynb #629481e0
 import functools, json
@@ -188,6 +189,34 @@ def export_cub(
     for key, lines in lists.items(): write_lines(folder/f'{key}.txt', lines)
     return folder
 
+# %% ../nbs/18b_formats_write.ipynb #d303befe
+def last_pixels(
+    boxes: np.ndarray, # (n,4) xyxy half-open
+) -> list: # [[x0, y0, x1, y1], …] of int
+    "First and last pixel of each box, the outermost where a border runs through a pixel."
+    return np.concatenate([np.floor(boxes[:, :2]), np.ceil(boxes[:, 2:]) - 1], 1).astype(int).tolist()
+
+# %% ../nbs/18b_formats_write.ipynb #34004629
+def note_image(
+    lists: dict, # Name of a WSOL list -> lines, of one split; grows
+    file: str, # Path of the image
+    kind: int, # Class id
+    shape: tuple, # (H,W,3)
+    boxes: np.ndarray, # (n,4) xyxy half-open
+) -> None: # Lines are added
+    "What the four WSOL lists say of one image."
+    lines = dict(image_ids=[file], class_labels=[f'{file},{kind}'], image_sizes=[f'{file},{shape[1]},{shape[0]}'], localization=[','.join([file, *map(str, box)]) for box in last_pixels(boxes)])
+    for name, more in lines.items(): lists.setdefault(name, []).extend(more)
+
+# %% ../nbs/18b_formats_write.ipynb #0827dae5
+def write_notes(
+    folder: Path, # metadata
+    lists: dict, # Split -> name of a list -> lines
+) -> None: # Written
+    "The four WSOL lists of each split."
+    for split, of in lists.items():
+        for name, lines in of.items(): write_lines(folder/split/f'{name}.txt', lines)
+
 # %% ../nbs/18b_formats_write.ipynb #1dd62686
 def export_wsol(
     data: Set, # One class an image
@@ -197,14 +226,29 @@ def export_wsol(
     lists = {}
     for split, i, name, kind, boxes in one_class(data, several=True):
         image, file = data.source.read(split, i, 'image'), f'{split}/{class_folder(kind, data.classes)}/{name}.jpg'
-        write_image(folder/file, image)
-        of = lists.setdefault(split, {k: [] for k in ('image_ids', 'class_labels', 'image_sizes', 'localization')})
-        of['image_ids'].append(file); of['class_labels'].append(f'{file},{kind}'); of['image_sizes'].append(f'{file},{image.shape[1]},{image.shape[0]}')
-        corners = np.concatenate([np.floor(boxes[:, :2]), np.ceil(boxes[:, 2:]) - 1], 1).astype(int).tolist() # first and last pixel
-        of['localization'] += [','.join([file, *map(str, box)]) for box in corners]
-    for split, of in lists.items():
-        for key, lines in of.items(): write_lines(folder/'metadata'/split/f'{key}.txt', lines)
+        write_image(folder/file, image); note_image(lists.setdefault(split, {}), file, kind, image.shape, boxes)
+    write_notes(folder/'metadata', lists)
     write_lines(folder/'classes.txt', [f'{k + 1} {class_folder(k, data.classes)}' for k in range(len(data.classes))])
+    return folder
+
+# %% ../nbs/18b_formats_write.ipynb #9064dab5
+def export_ilsvrc(
+    data: Set, # One class an image
+    folder: Path, # The folder to make
+) -> Path: # The same folder
+    "Writes the ILSVRC layout: train by wnid, val (our test) with both lists of boxes, val2 (our val) with WSOL lists. Boxes of training images are not written. Raises: `BadInput` for an image with several classes."
+    wnids, lists, single = [f'n{k + 1:08d}' for k in range(len(data.classes))], {}, []
+    for split, i, name, kind, boxes in one_class(data, several=True):
+        image, file = data.source.read(split, i, 'image'), dict(train=f'train/{wnids[kind]}/{name}.JPEG', val=f'val2/{kind}/{name}.jpeg', test=f'val/{name}.JPEG')[split]
+        write_image((folder/file).with_suffix('.jpg'), image).rename(folder/file) # this ending chooses the quality
+        if split == 'train': continue
+        note_image(lists.setdefault(split, {}), file, kind, image.shape, boxes)
+        if split == 'val': continue
+        box = last_pixels(boxes[[np.argmax((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))]])[0]
+        single.append(' '.join(map(str, [f'{wnids[kind]}/{name}.JPEG', kind, *box])))
+    write_notes(folder/'metadata', lists)
+    if single: write_lines(folder/'list'/'val_boxes.txt', single)
+    write_lines(folder/'synsets.txt', [f'{k} {wnid} {name}' for k, (wnid, name) in enumerate(zip(wnids, data.classes))])
     return folder
 
 # %% ../nbs/18b_formats_write.ipynb #f81c6f86
@@ -288,6 +332,7 @@ WRITERS = {
     'coco2017': (export_coco, ('image', 'mask', 'boxes')),
     'cub': (export_cub, ('image', 'boxes')),
     'wsol': (export_wsol, ('image', 'boxes')),
+    'ilsvrc': (export_ilsvrc, ('image', 'boxes')),
     'pet': (export_pet, ('image', 'mask', 'boxes')),
     'dior': (export_dior, ('image', 'boxes')),
     'folder': (export_folder, ('image', 'label')),
