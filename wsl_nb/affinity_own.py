@@ -21,11 +21,11 @@ from .affinity_recipe import LOSSES, MODELS
 from .affinity_scores import Pipeline, class_logits, present_classes, score_maps
 from .core import normalise, require, seed_everything, torch_rng
 from .crf import dense_crf
-from .metrics import device_name
+from .maps import check_pictures
 from .training_checkpoint import load_weights, read_weights
 from .training_config import autocast, make_optimizer
 from .training_order import to_device
-from .training_records import peak_memory, seconds_of
+from .training_records import cost_row, updates_cost
 
 # %% ../nbs/04f_affinity_own.ipynb #23435398
 def working_size(
@@ -60,10 +60,7 @@ def predict(
 ) -> list[dict]: # A dict for each image: scores (C,), maps {class: (h,w) in [0,1)}, labels uint8 (H,W), decoder uint8 (H,W) if there is a final network
     "Class scores, class activation maps of the best classes, pseudo label after the walk, and the answer of the final network. Classes with a positive score count as present, else the best one. Raises: `BadInput` for anything but a list of RGB pixels."
     from PIL import Image
-    for picture in [images] if isinstance(images, np.ndarray) else images:
-        fine = isinstance(images, list) and isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3
-        require(fine, f'images as {type(images).__name__}, an image {getattr(picture, "shape", type(picture).__name__)} {getattr(picture, "dtype", "")}', 'a list of uint8 arrays (H,W,3)', 'read the files with core.read_image, and pass them as a list')
-    found = []
+    check_pictures(images); found = []
     for picture in images:
         (H, W), small = picture.shape[:2], working_size(picture.shape[:2], cfg)
         picture = np.asarray(Image.fromarray(picture).resize(small[::-1], Image.Resampling.BICUBIC))
@@ -143,7 +140,7 @@ def example_batch(
     masks = (noise(batch, side, side) * 2).to(torch.uint8)
     return to_device(dict(image=normalise(noise(batch, 3, cfg.crop, cfg.crop)), label=torch.eye(classes)[:1].repeat(batch, 1), mask=list(masks)), device)
 
-# %% ../nbs/04f_affinity_own.ipynb #3f96f324
+# %% ../nbs/04f_affinity_own.ipynb #e1914e72
 def step_cost(
     cfg: AffinityNetConfig, # Recipe at full size
     classes: int | None = None, # Foreground classes C; None: 37 for Pets, 20 for VOC, else 8
@@ -152,16 +149,16 @@ def step_cost(
 ) -> dict: # preset, device, threads, batch, crop, phases, seconds an image in each, gigabytes
     "Seconds an image of an update in each stage that trains, and the largest memory; random images, random weights."
     from accelerate import PartialState
-    device, classes, seconds, batches = PartialState().device, classes or dict(pet=37, voc=20).get(cfg.layout, 8), [], []
-    for stage in (s for s in TRAINED if s in cfg.stages):
+    device, classes = PartialState().device, classes or dict(pet=37, voc=20).get(cfg.layout, 8)
+    def _update(stage):
         own = stage_config(replace(cfg, batch=batch or cfg.batch), stage)
         seed_everything('cost'); model = MODELS[stage](own, classes).to(device).train()
         update, data = make_optimizer(own, optimizer(model, own)), example_batch(stage, own, classes, own.batch, device)
         def _step():
             with autocast(own, device): terms = LOSSES[stage](model, data, 0, own)
             total(terms, model, 0, own).backward(); update.step(); update.zero_grad()
-        seconds.append(seconds_of(_step, device, repeats) / own.batch); batches.append(own.batch)
-    return dict(preset=preset_name(cfg), device=device_name(device), threads=torch.get_num_threads(), batch=max(batches), crop=cfg.crop, phases=[s for s in TRAINED if s in cfg.stages], seconds=seconds, gigabytes=peak_memory(device))
+        return stage, own.batch, _step
+    return dict(preset=preset_name(cfg), crop=cfg.crop) | updates_cost((_update(s) for s in TRAINED if s in cfg.stages), device, repeats)
 
 # %% ../nbs/04f_affinity_own.ipynb #d03f0f90
 def cost_rows(
@@ -172,6 +169,5 @@ def cost_rows(
     for m in measured:
         cfg = PRESETS[m['preset']]; images = IMAGES.get(cfg.layout, cfg.data_train)
         hours = sum(images * getattr(cfg, f'{s}_epochs') * t for s, t in zip(m['phases'], m['seconds'])) / 3600
-        rows.append(dict(recipe=m['preset'], device=m['device'] + (f", {m['threads']} thread{'s' * (m['threads'] > 1)}" if m['device'] == 'cpu' else ''),
-                         **{'seconds an image: ' + ' / '.join(m['phases']) + ' (measured)': ' / '.join(f'{t:.3g}' for t in m['seconds']), f'hours for {images} images (estimate)': f'{hours:.3g}', f"GB at batch {m['batch']} (measured)": round(m['gigabytes'], 1)}))
+        rows.append(cost_row(m, 'seconds an image: ' + ' / '.join(m['phases']), hours, f'{images} images'))
     return rows

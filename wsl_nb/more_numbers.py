@@ -12,10 +12,10 @@ from dataclasses import replace
 import torch
 
 from .core import normalise, seed_everything, torch_rng
-from .metrics import Result, device_name
+from .metrics import Result
 from .more import MoRe, groups, losses, total
 from .more_base import PRESETS, MoReConfig, preset_name, weights
-from .training_records import peak_memory, seconds_of
+from .training_records import cost_row, updates_cost
 
 # %% ../nbs/02e_more_numbers.ipynb #f0f5669b
 def quoted(
@@ -114,14 +114,12 @@ def step_cost(
     "Seconds an image of a training update in each phase of a recipe, on the device of a run, and the largest memory; random images, random weights. On one CPU thread these are CPU seconds, which other programs do not lengthen."
     from accelerate import PartialState
     device, batch, classes = PartialState().device, batch or cfg.batch, classes or {'voc': 20, 'coco': 80}.get(cfg.layout.removesuffix('2014'), 8)
-    if device.type == 'cuda': torch.cuda.reset_peak_memory_stats(device)
     seed_everything('cost'); model = MoRe(cfg, classes).to(device)
-    optimizer, seconds = torch.optim.AdamW(groups(model, cfg)), []
+    optimizer = torch.optim.AdamW(groups(model, cfg))
     image = normalise(torch.rand(batch, 3, cfg.crop, cfg.crop, generator=torch_rng('cost'))).to(device)
     data = dict(image=image, label=torch.eye(classes, device=device)[:1].expand(batch, -1), index=torch.arange(batch))
     def _step(at): total(losses(model, data, at, cfg), model, at, cfg).backward(); optimizer.step(); optimizer.zero_grad()
-    for first, _ in phases(cfg): seconds.append(seconds_of(lambda: _step(first), device, repeats) / batch)
-    return dict(preset=preset_name(cfg), device=device_name(device), threads=torch.get_num_threads(), batch=batch, crop=cfg.crop, phases=phases(cfg), seconds=seconds, gigabytes=peak_memory(device))
+    return dict(preset=preset_name(cfg), crop=cfg.crop) | updates_cost(((p, batch, lambda at=p[0]: _step(at)) for p in phases(cfg)), device, repeats)
 
 # %% ../nbs/02e_more_numbers.ipynb #13d74362
 def cost_rows(
@@ -132,6 +130,5 @@ def cost_rows(
     for m in measured:
         cfg = PRESETS[m['preset']]
         hours = sum(n * s for (_, n), s in zip(m['phases'], m['seconds'])) * cfg.batch / 3600
-        rows.append(dict(recipe=m['preset'], device=m['device'] + (f", {m['threads']} thread{'s' * (m['threads'] > 1)}" if m['device'] == 'cpu' else ''),
-                         **{'seconds an image, by phase (measured)': ' / '.join(f'{s:.3g}' for s in m['seconds']), f'hours for {cfg.steps} updates of {cfg.batch} (estimate)': f'{hours:.3g}', f"GB at batch {m['batch']} (measured)": round(m['gigabytes'], 1)}))
+        rows.append(cost_row(m, 'seconds an image, by phase', hours, f'{cfg.steps} updates of {cfg.batch}'))
     return rows

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FREE', 'preset_of', 'recipe_rows', 'provenance', 'note_start', 'table_rows', 'last_step', 'run_all', 'scored_run',
-           'run_seeds', 'peak_memory', 'seconds_of']
+           'run_seeds', 'peak_memory', 'seconds_of', 'updates_cost', 'cost_row']
 
 # %% ../nbs/14e_training_records.ipynb #968f7d02
 import json, math, time
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from .core import atomic, file_hash, state_hash, text_hash
-from .metrics import combine
+from .metrics import combine, device_name
 from .training_checkpoint import read_log
 from .training_config import RunConfig
 
@@ -154,3 +154,27 @@ def seconds_of(
     wait = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
     for _ in range(repeats): wait(); start = clock(); function(); wait(); took = clock() - start
     return took
+
+# %% ../nbs/14e_training_records.ipynb #2179d273
+def updates_cost(
+    updates, # Iterable of (phase, images, function that does one update); the next phase is built when the one before is timed
+    device: torch.device, # Where they run
+    repeats: int = 2, # Calls in each phase; the last one is timed
+) -> dict: # device, threads, batch (the largest), phases, seconds an image in each, gigabytes
+    "What the updates of a recipe cost here, phase by phase."
+    if device.type == 'cuda': torch.cuda.reset_peak_memory_stats(device)
+    found = [(phase, images, seconds_of(step, device, repeats) / images) for phase, images, step in updates]
+    phases, batches, seconds = map(list, zip(*found))
+    return dict(device=device_name(device), threads=torch.get_num_threads(), batch=max(batches), phases=phases, seconds=seconds, gigabytes=peak_memory(device))
+
+# %% ../nbs/14e_training_records.ipynb #d376e981
+def cost_row(
+    measured: dict, # From a method's `step_cost`
+    timed: str, # Name of the column of seconds
+    hours: float, # Of a whole run
+    whole: str, # What a whole run is, e.g. '600 updates of 16'
+) -> dict: # A row of a table
+    "Measured seconds and memory beside the hours that follow from them."
+    m, threads = measured, f", {measured['threads']} thread{'s' * (measured['threads'] > 1)}" if measured['device'] == 'cpu' else ''
+    return {'recipe': m['preset'], 'device': m['device'] + threads, f'{timed} (measured)': ' / '.join(f'{s:.3g}' for s in m['seconds']),
+            f'hours for {whole} (estimate)': f'{hours:.3g}', f"GB at batch {m['batch']} (measured)": round(m['gigabytes'], 1)}
