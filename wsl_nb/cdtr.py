@@ -252,6 +252,7 @@ def losses(
     batch: dict, # image (B,3,H,W), label (B,C)
     step: int, # Update
     cfg: CDTRConfig, # Recipe
+    clip=None, # Frozen CLIP of the SBA loss; None: `guide` loads that of the recipe
     **extra, # None here
 ) -> dict[str, Tensor]: # Name -> unweighted scalar
     "All terms of a batch."
@@ -259,7 +260,7 @@ def losses(
     def _class_loss(m): return F.cross_entropy(m.float().mean((2, 3)), target)
     found = dict(cls=lambda: _class_loss(maps.tokens), csm=lambda: _class_loss(maps.stimulated), area=lambda: area_loss(maps.attention, cfg.area),
                  map=lambda: map_loss(maps.object_, maps.attention, cfg.pairing), ski=lambda: _class_loss(maps.deformed),
-                 sba=lambda: sba(maps, batch['image'], target, model.text, guide(cfg.clip_model, cfg.clip_file, batch['image'].device.type), cfg))
+                 sba=lambda: sba(maps, batch['image'], target, model.text, clip or guide(cfg.clip_model, cfg.clip_file, batch['image'].device.type), cfg))
     return {k: found[k]() for k in weights(cfg, step)}
 
 # %% ../nbs/03_cdtr.ipynb #87f62f49
@@ -273,7 +274,7 @@ def guide(
     if name == "farm":
         from wsl_nb.vit_clip import shipped_clip
         return shipped_clip().to(device)
-    require(file, f'no weights for CLIP {name}', '--clip_file FILE', 'get the weights by hand (OpenAI ViT-B/32), or say --w_sba 0')
+    require(file, f'no weights for CLIP {name}', '--clip_file FILE', 'get them by hand (wsl-nb data fetch clip_vit_b32 says where), or say --w_sba 0, as CATR does')
     return load_clip(name, file).to(device)
 
 # %% ../nbs/03_cdtr.ipynb #ac1debc8
@@ -282,8 +283,11 @@ def write_prompts(
     cfg: CDTRConfig, # CLIP and prompts
     names: list[str], # Class names
 ) -> None: # Nothing without SBA
-    "Text features of the class names, once a run: the prompts never change."
-    if cfg.w_sba: model.text.copy_(text_features(guide(cfg.clip_model, cfg.clip_file), [spoken(n) for n in names], cfg.prompts))
+    "Text features of the class names, once a run: the prompts never change. Raises: `BadInput` for a CLIP of another width than the recipe says."
+    if not cfg.w_sba: return
+    words = text_features(guide(cfg.clip_model, cfg.clip_file), [spoken(n) for n in names], cfg.prompts)
+    require(words.shape[1] == cfg.clip_dim, f'CLIP {cfg.clip_model} with features of width {words.shape[1]}', f'{cfg.clip_dim}, as clip_dim says', f'say --clip_dim {words.shape[1]}, or choose another --clip_model')
+    model.text.copy_(words)
 
 # %% ../nbs/03_cdtr.ipynb #190afc48
 def spoken(
