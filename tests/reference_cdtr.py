@@ -20,7 +20,8 @@ def under_released_name(tensors, name):
     "The library's tensor that the released code calls so; branches of the object map are slices of one tensor."
     if name.startswith('block') and name[5].isdigit():
         block, rest = name.removeprefix('block').split('.', 1)
-        return tensors[f'ocm.mix.{rest}'][int(block)][None]
+        joined = tensors[f'ocm.mix.{rest}']
+        return joined if joined.ndim == 0 else joined[int(block)][None]
     return tensors[our_name(name)]
 
 

@@ -239,7 +239,7 @@ def block_with_row(
     "A block that tells where its class token looks: fused attention for the output, one explicit row of the softmax beside it."
     attn, (B, T, _) = block.attn, x.shape
     q, k, v = attn.qkv(block.norm1(x)).reshape(B, T, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-    row = (q[:, :, :1].float() * attn.scale @ k.float().mT).softmax(-1)[:, :, 0, 1:] # float32: this is a map, not a passing value
+    row = (q[:, :, :1].float() * attn.scale * k).sum(-1).softmax(-1)[..., 1:] # float32 under autocast too, where a product of matrices would not be; and it keeps no copy of k
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(B, T, -1)
     x = x + block.drop_path1(block.ls1(attn.proj_drop(attn.proj(out))))
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), row
