@@ -120,7 +120,7 @@ def overlap_chart(
     "IoU over the thresholds, the last map black; the green line at 0.5 is what counts as found."
     for key, values in zip(curve_keys(names), overlaps): ax.plot(thresholds, values, color=key.get_color(), linewidth=1.2)
     ax.axhline(.5, color=TRUTH, linewidth=.6); ax.axvline(thresholds[at], color=PREDICTION, linewidth=.8, alpha=.6); ax.plot(thresholds[at], overlaps[-1][at], 'o', color=PREDICTION, markersize=5)
-    ax.set_ylim(-.03, 1.03); ax.set_xlim(-.02, 1.02); ax.set_yticks([0, .5, 1]); ax.set_xlabel('threshold', labelpad=1); ax.set_title('IoU')
+    ax.set_ylim(-.03, 1.03); ax.set_xlim(-.02, 1.02); ax.set_xticks([0, .5, 1]); ax.set_yticks([0, .5, 1]); ax.set_xlabel('threshold', labelpad=1); ax.set_title('IoU')
 
 # %% ../nbs/16c_widgets_cdtr.ipynb #ca7ac848
 def localisation_explorer(
