@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FREE', 'preset_of', 'recipe_rows', 'provenance', 'note_start', 'table_rows', 'last_step', 'run_all', 'scored_run',
-           'run_seeds', 'peak_memory', 'seconds_of', 'updates_cost', 'cost_row']
+           'run_seeds', 'finding', 'columns', 'measured_rows', 'finding_text', 'verdict_rows', 'write_findings',
+           'read_findings', 'peak_memory', 'seconds_of', 'updates_cost', 'cost_row']
 
 # %% ../nbs/14e_training_records.ipynb #968f7d02
 import json, math, time
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .core import atomic, file_hash, state_hash, text_hash
+from .core import atomic, file_hash, require, state_hash, text_hash
 from .metrics import combine, device_name
 from .training_checkpoint import read_log
 from .training_config import RunConfig
@@ -132,6 +133,75 @@ def run_seeds(
     jobs = {(k, s): (replace(c, seed=s), Path(out)/k.lower()/f'seed{s}') for k, c in recipes.items() for s in seeds}
     scores = run_all(work, {f'{k} {s}': job for (k, s), job in jobs.items()}, sum(updates(c) for c, _ in jobs.values()), say)
     return {k: [combine(rows) for rows in zip(*(scores[f'{k} {s}'] for s in seeds))] for k in recipes}, {k: jobs[k, seeds[0]][1] for k in recipes}
+
+# %% ../nbs/14e_training_records.ipynb #8e776391
+def finding(
+    row: str, # Its number
+    claim: str, # In one sentence
+    rule: str, # When it is confirmed, when refuted
+    measured: dict, # Name -> numbers, one a seed
+    yes: bool, # The rule of 'confirmed' holds
+    no: bool, # The rule of 'refuted' holds
+    quoted: dict | None = None, # Name -> number of the specification
+) -> dict: # row, claim, rule, measured, quoted, verdict
+    "A verdict with all that it rests on. Raises: `BadInput` if both rules hold."
+    require(not (yes and no), f'both rules of claim {row} hold', 'one at most', 'make the rules exclude each other')
+    numbers = {k: [round(float(v), 4) for v in vs] for k, vs in measured.items()}
+    return dict(row=row, claim=claim, rule=rule, measured=numbers, quoted=quoted or {}, verdict='confirmed' if yes else 'refuted' if no else 'undecided')
+
+# %% ../nbs/14e_training_records.ipynb #a73b10c9
+def columns(
+    names: list, # One for each number of a run
+    runs: list, # One a seed, each with as many numbers
+) -> dict[str, list[float]]: # Name -> numbers, one a seed
+    "Numbers of several seeds by name."
+    return {n: [float(r[i]) for r in runs] for i, n in enumerate(names)}
+
+# %% ../nbs/14e_training_records.ipynb #33fd7ffe
+def measured_rows(
+    found: dict, # From `finding`
+    quoted: str = 'quoted', # Name of the column of numbers that others measured
+) -> list[dict]: # For a table
+    "What was measured: mean and range over the seeds, beside the number of the specification where there is one."
+    rows = []
+    for name, vs in found['measured'].items():
+        mean, spread = sum(vs) / len(vs), f'{min(vs):.4g} to {max(vs):.4g}' if len(vs) > 1 else ''
+        row = dict(measured=name, mean=float(f'{mean:.4g}'), range=spread, seeds=len(vs))
+        rows.append(row | ({quoted: (q := found['quoted'][name]), 'difference': f'{mean - q:+.3f}'} if name in found['quoted'] else {}))
+    return rows
+
+# %% ../nbs/14e_training_records.ipynb #0d1da2a9
+def finding_text(
+    found: dict, # From `finding`
+    table: str, # What was measured, from `measured_rows`
+) -> str: # Markdown
+    "A finding as it is read: claim, rule, table, verdict."
+    return f"**{found['row']}. {found['claim']}**\n\nRule: {found['rule']}.\n\n{table}\n\nVerdict: **{found['verdict']}**."
+
+# %% ../nbs/14e_training_records.ipynb #3620ace6
+def verdict_rows(
+    findings: list[dict], # From `finding`
+) -> list[dict]: # For a table
+    "Claim and verdict, one row each."
+    return [dict(row=f['row'], claim=f['claim'], verdict=f['verdict'], seeds=max([0, *map(len, f['measured'].values())]) or '–') for f in findings]
+
+# %% ../nbs/14e_training_records.ipynb #2d139e1e
+def write_findings(
+    path: str | Path, # File of the record; replaced whole
+    findings: list[dict], # From `finding`
+) -> list[dict]: # The same
+    "Writes a page of claims as its record."
+    with atomic(path) as spare: spare.write_text(json.dumps(dict(kind='claims', rows=findings), indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    return findings
+
+# %% ../nbs/14e_training_records.ipynb #6035ace1
+def read_findings(
+    path: str | Path, # Written by `write_findings`
+) -> list[dict]: # Findings
+    "The findings of a record. Raises: `BadInput` if the file is no record of claims."
+    found = json.loads(Path(path).read_text(encoding='utf-8'))
+    require(isinstance(found, dict) and found.get('kind') == 'claims', f'{Path(path).name} without claims', 'a record of claims', 'pass results/METHOD/claims/result.json')
+    return found['rows']
 
 # %% ../nbs/14e_training_records.ipynb #1d56d2e1
 def peak_memory(
