@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from .cdtr_base import CDTRConfig, DeiT
 from .core import denormalise, full_precision, normalise, require
+from .data_farm import VOCABULARY
 from .vit import text_features
-from .vit_clip import image_features, load_clip
+from .vit_clip import farm_clip, image_features, load_clip
 
 # %% ../nbs/03_cdtr.ipynb #98c103bf
 class CategoryStimulation(nn.Module):
@@ -271,9 +272,7 @@ def guide(
     device: str = 'cpu', # Where it is needed
 ): # Frozen CLIP with `tokenizer`, `mean`, `std`, `side`
     "The CLIP of the SBA loss, loaded once a process; it is no part of the model. Raises: `BadInput` without a file."
-    if name == "farm":
-        from wsl_nb.vit_clip import shipped_clip
-        return shipped_clip().to(device)
+    if name == 'farm': return farm_clip(VOCABULARY).to(device)
     require(file, f'no weights for CLIP {name}', '--clip_file FILE', 'get them by hand (wsl-nb data fetch clip_vit_b32 says where), or say --w_sba 0, as CATR does')
     return load_clip(name, file).to(device)
 

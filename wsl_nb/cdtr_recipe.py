@@ -10,6 +10,7 @@ import json, time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from .boxes import PROTOCOLS
@@ -37,6 +38,9 @@ def check_recipe(
         require(name != 'test', f'{field} "test"', 'another split: test is scored once, by eval', f'say --{field} NAME')
     both = set(data.splits[cfg.train_split]) & set(data.splits[cfg.eval_split] if cfg.eval_split else ())
     require(not both, f'{len(both)} images in {cfg.train_split} and in {cfg.eval_split}', 'splits without common images', 'say --train_split train, or --eval_split "" for no scores')
+    for name in filter(None, (cfg.train_split, cfg.eval_split) if data.layout not in ('cub', 'wsol', 'ilsvrc') else ()): # those have one class by their form
+        several = next((i for n, i in enumerate(data.splits[name]) if np.sum(data.source.read(name, n, 'label')) != 1), None)
+        require(several is None, f'{several} of {data.name} {name}, which does not show exactly one class', 'one class an image', 'choose a set for localisation: wsol, CUB, ILSVRC, or one folder a class')
     require(not cfg.ski or cfg.csm, 'ski without csm', 'both: SKI couples the map of the tokens with that of the attention', 'say --no_ski, or --csm')
     require(cfg.ocm_blocks <= cfg.depth, f'ocm_blocks {cfg.ocm_blocks} of {cfg.depth} blocks', 'at most depth', 'lower --ocm_blocks')
     require(0 < cfg.area < 1 and 0 <= cfg.tau < 1, f'area {cfg.area}, tau {cfg.tau}', 'shares between 0 and 1', 'set --area or --tau')

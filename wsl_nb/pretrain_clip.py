@@ -26,7 +26,7 @@ from .training import Run, each_once, lr_factor, sum_processes
 from .training_config import RunConfig
 from .training_records import preset_of
 from .vit import text_features
-from .vit_clip import clip_farm, freeze, image_features, similarity
+from .vit_clip import clip_farm, farm_clip, freeze, image_features, similarity
 
 # %% ../nbs/19c_pretrain_clip.ipynb #af6c77dc
 TEMPLATES = dict(
@@ -274,7 +274,6 @@ def shipped_clip(
 ) -> tuple: # Frozen model, its recipe, `metrics.Result` records of the test split, curve
     "The shipped small CLIP with the record of its making; its attribute `templates` holds the sentences that were best on val. Raises: `BadInput` if changed."
     from wsl_nb.metrics import from_row
-    state, note = asset('clip_farm', folder)
-    cfg = ClipConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in note['recipe'].items()})
-    clip = build_clip(cfg); clip.load_state_dict(state); clip.templates = TEMPLATES[note['templates']]
-    return freeze(clip), cfg, [from_row(r) for r in note['scores']], note['curve']
+    clip, (_, note) = farm_clip(VOCABULARY, folder), asset('clip_farm', folder)
+    cfg = ClipConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in note['recipe'].items()}); clip.templates = TEMPLATES[note['templates']]
+    return clip, cfg, [from_row(r) for r in note['scores']], note['curve']

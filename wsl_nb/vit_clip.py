@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPENAI_MEAN', 'OPENAI_STD', 'WordTokenizer', 'clip_farm', 'equip', 'freeze', 'image_features', 'similarity',
-           'read_clip_file', 'choose_activation', 'load_clip']
+           'farm_clip', 'read_clip_file', 'choose_activation', 'load_clip']
 
 # %% ../nbs/13c_vit_clip.ipynb #f272a8b0
 import difflib, math, pickle, zipfile
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import MEAN, STD, BadInput, require
+from .core import MEAN, STD, BadInput, asset, require
 
 # %% ../nbs/13c_vit_clip.ipynb #1303f2d8
 class WordTokenizer:
@@ -112,6 +112,17 @@ def similarity(
     "Cosine of each picture with each text. Raises: `BadInput` if the widths differ."
     require(images.ndim == texts.ndim == 2 and images.shape[1] == texts.shape[1], f'features {tuple(images.shape)} and {tuple(texts.shape)}', '(B,E) and (C,E)', 'take both from the same model')
     return F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
+
+# %% ../nbs/13c_vit_clip.ipynb #49f9bd98
+def farm_clip(
+    words: list[str], # Vocabulary of its captions, `data_farm.VOCABULARY`
+    folder: str | Path | None = None, # Where to look; None: inside the package
+) -> nn.Module: # Frozen, with `tokenizer`, `mean`, `std`, `side`
+    "The shipped small CLIP; `19c_pretrain_clip` trains it and holds its record. Raises: `BadInput` if it is changed."
+    state, note = asset('clip_farm', folder); cfg = note['recipe']
+    clip = clip_farm(words, cfg['layers'], cfg['width'], patch=cfg['patch'], side=cfg['crop'])
+    clip.load_state_dict(state)
+    return freeze(clip)
 
 # %% ../nbs/13c_vit_clip.ipynb #32ad0eec
 class _ScriptModule:
