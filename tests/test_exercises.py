@@ -3,6 +3,7 @@ import pytest
 import torch
 
 import solutions_affinity as affinity
+import solutions_cdtr as cdtr
 import solutions_more as more
 from wsl_nb.more_base import LAPTOP
 
@@ -22,13 +23,16 @@ def test_answers_are_told_apart(name, capsys):
 PAIRS = dict(one_step=(torch.rand(2, 4), torch.rand(4, 4)), in_the_limit=(torch.tensor([[.6, .5, .1, .2], [.2, .3, .9, .1]]), torch.tensor([True, True, True, False])), bonds=(6, 7, 3))
 
 
-@pytest.mark.parametrize('name', affinity.SOLUTIONS)
-def test_answers_about_pairs_are_told_apart(name, capsys):
+MAPS = dict(class_aware=(torch.rand(6, 6) + .1, (torch.arange(36).reshape(6, 6) // 12).long(), 0, 1), area_factor=(32,), broadcast_gradient=(torch.rand(3, 4, 4), torch.rand(3, 4, 4)))
+
+
+@pytest.mark.parametrize('lesson,name,given', [(affinity, n, PAIRS[n]) for n in affinity.SOLUTIONS] + [(cdtr, n, MAPS[n]) for n in cdtr.SOLUTIONS])
+def test_answers_in_numbers_are_told_apart(lesson, name, given, capsys):
     def named(body): body.__name__ = name; return body
-    for body, says in ((lambda *given: None, 'not written yet'), (lambda *given: affinity.SOLUTIONS[name](*given), 'right'), (lambda *given: affinity.SOLUTIONS[name](*given) + 1, 'not yet, the largest'),
+    for body, says in ((lambda *given: None, 'not written yet'), (lambda *given: lesson.SOLUTIONS[name](*given), 'right'), (lambda *given: lesson.SOLUTIONS[name](*given) + 1, 'not yet, the largest'),
                        (lambda *given: torch.zeros(9, 9), 'not yet, it gives the shape'), (lambda *given: 1 / 0, 'ZeroDivisionError'), (lambda *given: 'word', 'numbers are wanted'),
-                       (lambda *given: affinity.SOLUTIONS[name](*given) * float('nan'), 'not finite')):
-        affinity.check(named(body), *PAIRS[name]); text = capsys.readouterr().out
+                       (lambda *given: lesson.SOLUTIONS[name](*given) * float('nan'), 'not finite')):
+        lesson.check(named(body), *given); text = capsys.readouterr().out
         assert says in text and (says == 'right' or 'right' not in text), text
 
 
