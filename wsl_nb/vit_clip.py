@@ -7,7 +7,7 @@ __all__ = ['OPENAI_MEAN', 'OPENAI_STD', 'WordTokenizer', 'clip_farm', 'equip', '
            'farm_clip', 'read_clip_file', 'choose_activation', 'load_clip']
 
 # %% ../nbs/13c_vit_clip.ipynb #f272a8b0
-import difflib, math, pickle, zipfile
+import difflib, pickle, zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -149,6 +149,7 @@ class _ScriptReader(pickle.Unpickler):
         if module.startswith('__torch__'): return _ScriptModule
         if module == 'torch' and name in self.kinds: return self.kinds[name]
         if (module, name) == ('collections', 'OrderedDict'): return OrderedDict
+        if module == 'torch.jit._pickle' and name.startswith('build_'): return list # lists of numbers
         if (module, name) == ('torch._utils', '_rebuild_tensor_v2'): return lambda flat, start, size, stride, *_: flat.as_strided(size, stride, start)
         raise pickle.UnpicklingError(f'{module}.{name} is not expected')
 
@@ -197,7 +198,10 @@ def choose_activation(
 def _clip_config(name):
     "Configuration of a model by name, or as given. Raises: `BadInput` for unknown names and for models that are not this class."
     import open_clip
-    if isinstance(name, dict): return name
+    if isinstance(name, dict):
+        parts = {'embed_dim', 'vision_cfg', 'text_cfg'}
+        require(parts <= name.keys(), f'a configuration of {sorted(name)}', f'at least {sorted(parts)}', 'write it as the model configurations of open_clip are')
+        return name
     known = open_clip.list_models(); plain = name.replace('/', '-')
     require(plain in known, f'model "{name}"', f'a name that open_clip knows, perhaps {difflib.get_close_matches(plain, known, 3)}', 'check the name; folders and hubs are not read here')
     return open_clip.get_model_config(plain)
