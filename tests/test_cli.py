@@ -163,7 +163,8 @@ def test_class_names_of_the_pets_are_known(run, tmp_path, monkeypatch):
     from safetensors.torch import save_file
     save_file(module.Toy(module.LAPTOP, len(PET_CLASSES)).state_dict(), tmp_path/'weights.safetensors')
     args = cli.build_parser().parse_args(['predict', 'toy', '--preset', 'PET', '--weights', str(tmp_path/'weights.safetensors'), '--out', 'x', 'y.png'])
-    assert tuple(cli.predictor(args)[3]) == PET_CLASSES
+    from wsl_nb.cli_predict import predictor
+    assert tuple(predictor(args)[3]) == PET_CLASSES
 
 
 def test_predict_keeps_the_size_of_own_images(run, tmp_path, capsys):

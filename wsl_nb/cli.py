@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['METHODS', 'COMMANDS', 'WITH_RECIPE', 'OPTIONS', 'methods_present', 'method', 'config_class', 'presets', 'as_flags',
            'read_yaml', 'recipe', 'chosen_recipe', 'open_data', 'fresh', 'seed_list', 'run_demo', 'clone', 'run_lab',
-           'note_classes', 'ended', 'run_train', 'runs_inside', 'trained', 'protocols_of', 'protocol_table', 'run_eval',
-           'run_replay', 'run_assets', 'own_images', 'usual_classes', 'predictor', 'from_weights', 'run_predict',
-           'add_options', 'build_parser', 'options_help', 'dispatch', 'main']
+           'note_classes', 'ended', 'run_train', 'runs_inside', 'trained', 'protocols_of', 'protocol_table',
+           'usual_split', 'run_eval', 'run_replay', 'run_assets', 'add_options', 'build_parser', 'options_help',
+           'dispatch', 'main']
 
 # %% ../nbs/17_cli.ipynb #6dd48fc9
 import argparse, dataclasses, importlib, importlib.util, inspect, json, os, pkgutil, shutil, subprocess, sys, traceback
@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 from .cli_ablate import run_ablate
 from .cli_data import claimable, data_check, data_fetch, data_list, data_make, data_train_aug, run_doctor, run_results
+from .cli_predict import run_predict
 
 # %% ../nbs/17_cli.ipynb #abbb4537
 METHODS = ('more', 'cdtr', 'affinity', 'surgery', 'fsgr') # The five of the book, in reading order
@@ -105,17 +106,20 @@ def chosen_recipe(
 def open_data(
     cfg, # Recipe with a field `layout`
     folder: str | Path | None, # From --data
+    args: argparse.Namespace | None = None, # Parsed line, perhaps with `boxes` and `truth`
 ): # `data.Set`
-    "The set that a recipe learns from. Raises: `BadInput` if a folder is missing, or given to a recipe that draws its data."
+    "The set that a recipe learns from. Raises: `BadInput` if a folder is missing, or given to a recipe that draws its data, or if something is said about boxes that the layout cannot have."
     from wsl_nb import data
     from wsl_nb.core import require
-    layout = getattr(cfg, 'layout', 'embedded')
+    layout, said = getattr(cfg, 'layout', 'embedded'), {k: v for k in ('boxes', 'truth') if (v := getattr(args, k, None))}
+    fits = {'wsol': {'boxes'}, 'ilsvrc': {'boxes', 'truth'}}.get(layout, set())
+    require(set(said) <= fits, f'--{" --".join(said)} with the layout "{layout}"', '--boxes with wsol and ilsvrc, --truth with ilsvrc', 'leave it out: this layout has one form')
     if layout == 'embedded':
         require(folder is None, f'--data {folder} with the layout "embedded"', 'no folder, or the layout of that folder', 'choose a preset for real data, or name the layout, e.g. --layout voc, or --layout folder for your own pictures')
         return data.embedded_of(cfg)
     require(folder is not None, f'no folder for the layout "{layout}"', '--data DIR', f'say where the data is, or take the preset LAPTOP, which draws its own')
     from wsl_nb.formats import open_set
-    return open_set(folder, layout)
+    return open_set(folder, layout, **said)
 
 # %% ../nbs/17_cli.ipynb #dac51d14
 def fresh(
@@ -208,7 +212,7 @@ def run_train(
     from wsl_nb.core import BadInput, require
     from wsl_nb.training_order import world
     require(args.out, 'no --out', '--out DIR', 'say where the run shall be written')
-    data = open_data(cfg, args.data)
+    data = open_data(cfg, args.data, args)
     try: module.train(cfg, data, args.out, args.resume)
     except BadInput: raise
     except BaseException: note_classes(args.out, data.classes); raise
@@ -256,20 +260,29 @@ def protocols_of(
 def protocol_table(
     results: dict, # Name of each protocol -> `metrics.Result` records
 ) -> str: # Markdown
-    "Protocols side by side: every mIoU in %, or, where none was measured, every metric."
+    "Protocols side by side: every mIoU in %, else every metric in %, else every metric. The order is that of the protocol with most of them."
     from wsl_nb.training_records import table_rows
     from wsl_nb.viz import markdown_table
     results = {k: [dataclasses.replace(r, metric=r.metric.removesuffix(f', {k}')) for r in rows] for k, rows in results.items()} # the column says it
-    units = {r.metric: r.unit for rows in results.values() for r in rows}
-    names = tuple(m for m, unit in units.items() if unit == '%' and 'mIoU' in m) or tuple(units)
-    return markdown_table([row | {'metric': f'{row["metric"]} ({units[row["metric"]]})'} for row in table_rows(results, names)])
+    units = {r.metric: r.unit for rows in sorted(results.values(), key=len, reverse=True) for r in rows}
+    names = next(filter(None, ([m for m, unit in units.items() if unit == '%' and word in m] for word in ('mIoU', ''))), list(units))
+    return markdown_table([row | {'metric': f'{row["metric"]} ({units[row["metric"]]})'} for row in table_rows(results, tuple(names))])
+
+# %% ../nbs/17_cli.ipynb #a956f3be
+def usual_split(
+    cfg, # Recipe
+    data, # `data.Set`
+) -> str: # Name of a split
+    "The split that `eval` scores unless it is told: `eval_split`, else val, unless it was learnt from, else test."
+    learnt = set(data.splits.get(getattr(cfg, 'train_split', 'train'), ()))
+    return getattr(cfg, 'eval_split', '') or next((s for s in ('val', 'test') if s in data.splits and not learnt & set(data.splits[s])), 'val')
 
 # %% ../nbs/17_cli.ipynb #0ceab2b6
 def run_eval(
     args: argparse.Namespace, # Parsed line
     flags: list, # Words that argparse did not know
 ) -> int: # Exit code
-    "`wsl-nb eval METHOD --run DIR`: scores of a run, with their protocol, into DIR/eval_<split>.json; `--protocol` chooses how label maps are made, `--pictures` shows each image."
+    "`wsl-nb eval METHOD --run DIR`: scores of a run, with their protocol, into DIR/eval_<split>.json; `--protocol` chooses how label maps or boxes are made and scored, `--pictures` shows each image."
     from wsl_nb.core import require
     from wsl_nb.metrics import results_table, write_results
     from wsl_nb.training_ablate import load_trained
@@ -279,13 +292,14 @@ def run_eval(
     require(not args.pictures or not chosen or len(chosen) == 1, f'--pictures with the protocols {", ".join(chosen or ())}', 'one protocol, which makes the pictures', 'name one, or leave --protocol out')
     require(args.processes >= 0 and (chosen or not args.processes), f'--processes {args.processes}' + (' without --protocol' if not chosen else ''), '0 or more, for the dense CRF of --protocol', 'leave it out, or name a protocol')
     require(args.num_images is None or args.num_images > 0, f'--num-images {args.num_images}', '1 or more', 'leave it out for all images')
-    data = open_data(dataclasses.replace(cfg, layout=args.layout) if args.layout else cfg, args.data); known = Path(args.run)/'classes.json'
+    data = open_data(dataclasses.replace(cfg, layout=args.layout) if args.layout else cfg, args.data, args); known = Path(args.run)/'classes.json'
     require(not known.is_file() or json.loads(known.read_text()) == list(data.classes), f'classes {list(data.classes)[:6]} in the data', f'those of the run in their order, see {known}', 'name the right data, or give the set a classes.txt with that order')
-    split = data.split(args.split or getattr(cfg, 'eval_split', '') or 'val').first(args.num_images or 0)
+    split = data.split(args.split or usual_split(cfg, data)).first(args.num_images or 0)
     label = split.name if split.subset is None else f'{split.name}_{split.subset}'
     file = Path(args.out or Path(args.run)/f'eval_{"_".join([label, *([args.protocol] if args.protocol else [])])}.json')
     require(args.overwrite or not file.exists(), f'{file}, which exists', 'a new file', 'say --overwrite, or another --out')
-    require(not args.pictures or 'mask' in split.source.fields, f'--pictures for {split.dataset} {split.name}, which has no masks', 'data with masks', 'leave it out; wsl-nb predict shows images without truth')
+    truth = getattr(module, 'SCORED_BY', 'mask'); plural = dict(mask='masks').get(truth, truth)
+    require(not args.pictures or truth in split.source.fields, f'--pictures for {split.dataset} {split.name}, which has no {plural}', f'data with {plural}', 'leave it out; wsl-nb predict shows images without truth')
     pictures = fresh(args.pictures, args.overwrite) if args.pictures else None
     model = load_trained(module, cfg, args.run, len(data.classes), which)
     found = module.evaluate_protocols(model, split, cfg, chosen, processes=args.processes) if chosen else {'': module.evaluate(model, split, cfg)}
@@ -323,96 +337,14 @@ def run_assets(
     importlib.import_module('wsl_nb.pretrain').make(args.name)
     return 0
 
-# %% ../nbs/17_cli.ipynb #a0cb2f44
-def own_images(
-    paths: list, # Files and folders
-) -> list: # Files
-    "The image files that are meant; a folder means those directly in it. Raises: `BadInput` if one is missing, or none is left."
-    from wsl_nb.core import require
-    from wsl_nb.formats import ENDINGS as endings
-    found = []
-    for path in map(Path, paths):
-        require(path.exists(), f'no file {path}', 'image files or a folder of them', 'check the name')
-        found += sorted(p for p in path.iterdir() if p.suffix.lower() in endings) if path.is_dir() else [path]
-    require(found, f'no image among {list(map(str, paths))}', f'files that end in {" ".join(sorted(endings))}', 'check the folder')
-    return found
-
-# %% ../nbs/17_cli.ipynb #4ed35bea
-def usual_classes(
-    layout: str, # Of the data
-) -> tuple: # Names in their order; empty where each set has its own
-    "The class names that all sets of a layout share."
-    from wsl_nb import data, formats
-    if layout == 'pet':
-        from wsl_nb.formats_pet import PET_CLASSES
-        return PET_CLASSES
-    return dict(embedded=data.CLASSES, voc=formats.VOC_CLASSES).get(layout, ())
-
-# %% ../nbs/17_cli.ipynb #af9942b1
-def predictor(
-    args: argparse.Namespace, # `method`, `run` or `weights`, `preset`, `checkpoint`, `classes`
-): # (namespace of the method, config, model, class names)
-    "What `predict` needs, from a run, or from a weight file and a preset. Raises: `BadInput` if the class names are not known."
-    from wsl_nb.core import require
-    from wsl_nb.training_ablate import load_trained
-    require(bool(args.run) != bool(args.weights), 'both or neither of --run and --weights', 'one of them', 'say --run DIR or --weights FILE')
-    module = method(args.method)
-    cfg, which, _ = trained(module, args.run, args.checkpoint) if args.run else (chosen_recipe(args, [])[1], None, None)
-    file = Path(args.run or '')/'classes.json'
-    names = [c.strip() for c in args.classes.split(',')] if args.classes else json.loads(file.read_text()) if args.run and file.is_file() else usual_classes(getattr(cfg, 'layout', 'embedded'))
-    require(names, 'no class names', '--classes a,b,…', 'name the classes in the order of training')
-    learnt = json.loads(file.read_text()) if args.run and file.is_file() else names
-    require(len(names) == len(learnt), f'--classes with {len(names)} names', f'{len(learnt)}: {", ".join(learnt)}', 'name every class of the run in its order, or leave --classes out')
-    if args.run: return module, cfg, load_trained(module, cfg, args.run, len(names), which), names
-    return module, cfg, from_weights(module, cfg, len(names), args.weights), names
-
-# %% ../nbs/17_cli.ipynb #3d17b872
-def from_weights(
-    module, # Namespace from `method`
-    cfg, # Recipe
-    classes: int, # Number of classes
-    file: str | Path, # Weights: our .safetensors, or an official file
-): # Model, on the device, in evaluation mode
-    "The model with the weights of a file: as the method reads it, where it has a way of its own, else every tensor by its name."
-    from accelerate import PartialState
-    from wsl_nb.training_checkpoint import load_weights
-    if hasattr(module, 'from_weights'): return module.from_weights(cfg, classes, file).to(PartialState().device).eval()
-    model = getattr(module, type(cfg).__name__.removesuffix('Config'))(cfg, classes)
-    load_weights(model, module.from_official(file), str(file))
-    return model.to(PartialState().device).eval()
-
-# %% ../nbs/17_cli.ipynb #905cce49
-def run_predict(
-    args: argparse.Namespace, # Parsed line
-    flags: list, # Words that argparse did not know
-) -> int: # Exit code
-    "`wsl-nb predict METHOD`: maps, label maps and a page for own images."
-    from wsl_nb.core import read_image, write_mask
-    from wsl_nb.viz import draw_labels, draw_maps, report_html, save_figure, shrink
-    files = own_images(args.images)
-    for file in files: read_image(file, exif=True) # all of them can be read before anything is written
-    module, cfg, model, names = predictor(args); out, sections = fresh(args.out, args.overwrite), []
-    for i, file in enumerate(files):
-        image = read_image(file, exif=True)
-        found, stem = module.predict(model, [image], cfg)[0], f'{i:03d}_{file.stem}'
-        kinds = [k for k in ('labels', 'decoder') if k in found]
-        best = sorted(range(len(names)), key=lambda c: -float(found['scores'][c]))[:4]
-        shown = shrink(image)
-        figures = [draw_maps(shown, [found['maps'][c] for c in best], [f'{names[c]} {float(found["scores"][c]):.2f}' for c in best]), draw_labels(shown, [shrink(found[k]) for k in kinds], list(names), kinds)]
-        save_figure(out/f'{stem}_maps.png', figures[0]); write_mask(out/f'{stem}_labels.png', found['labels'])
-        sections.append(dict(title=file.name, figures=figures, captions=[f'{file.name}: ' + ', '.join(f'{names[c]} {float(found["scores"][c]):.2f}' for c in best), ' and '.join(kinds)]))
-    how = dict(text='Numbers are class scores: above 0 the class counts as present, else the best one does. Maps: yellow is high, each stretched on its own, so an absent class has a map too. Labels: the best present class where its map exceeds the background score' + (f' of {cfg.background}' if hasattr(cfg, 'background') else '') + '; decoder: the answer of the segmentation head, which asks for no class and may disagree.')
-    report_html(out/'report.html', f'{args.method}: own images', [how, *sections]); print(f'wrote {out/"report.html"}')
-    return 0
-
 # %% ../nbs/17_cli.ipynb #f97617bd
 COMMANDS = {
     'demo': ('small recipe on embedded data: table, pictures, report.html', run_demo, 'method? --out --seeds --overwrite'),
     'lab': ('JupyterLab on the first lesson', run_lab, ''),
-    'train': ('train a method; every field of its recipe is a flag', run_train, 'method --preset --data --out --resume --config'),
-    'ablate': ('train and score every combination of some fields; every field of the recipe is a flag', run_ablate, 'method --over --preset --data --out --seeds --split --metric --one-by-one --resume --config'),
-    'eval': ('scores of a run', run_eval, 'method --run! --checkpoint --data --layout? --split --num-images --protocol --processes --pictures --out --overwrite'),
-    'predict': ('maps and label maps of own images', run_predict, 'method --run --weights --preset --config --checkpoint --classes --out! --overwrite images'),
+    'train': ('train a method; every field of its recipe is a flag', run_train, 'method --preset --data --boxes --truth --out --resume --config'),
+    'ablate': ('train and score every combination of some fields; every field of the recipe is a flag', run_ablate, 'method --over --preset --data --boxes --truth --out --seeds --split --metric --one-by-one --resume --config'),
+    'eval': ('scores of a run', run_eval, 'method --run! --checkpoint --data --layout? --boxes --truth --split --num-images --protocol --processes --pictures --out --overwrite'),
+    'predict': ('maps, and label maps or boxes, of own images', run_predict, 'method --run --weights --preset --config --checkpoint --classes --out! --overwrite images'),
     'replay': ('repeat the update that was not finite', run_replay, 'folder'),
     'results': ('table of recorded results', run_results, 'results? --like'),
     'doctor': ('versions, device and folders; with a method, what its recipe costs here', run_doctor, 'recipe? --preset --batch --find-batch-size --memory'),
@@ -420,7 +352,7 @@ COMMANDS = {
     'data fetch': ('download a data set, verified and resumable', data_fetch, 'name --out! --mirror --no-keep'),
     'data train-aug': ('list and masks of VOC train_aug, from VOC and SBD', data_train_aug, 'voc sbd'),
     'data make': ('write embedded data as files', data_make, 'name --layout --out! --seed --size --train --val --test --overwrite'),
-    'data check': ('find what is missing, surplus or broken', data_check, 'layout folder'),
+    'data check': ('find what is missing, surplus or broken', data_check, 'layout folder --boxes'),
     'assets make': ('train a shipped small model', run_assets, 'name'),
 } # Words of the command -> (help, function, options; `!` required, `?` may be left out)
 
@@ -437,17 +369,19 @@ OPTIONS = {
     '--preset': dict(default='LAPTOP', help='recipe by name (LAPTOP)'), '--data': dict(help='folder of the data; without it, data are drawn'),
     '--resume': dict(action='store_true', help='go on from the last checkpoint in --out'), '--config': dict(help='YAML file of recipe fields'),
     '--run': dict(help='folder that train wrote'), '--checkpoint': dict(default='best', help='best, last or a number of steps (best)'),
-    '--split': dict(help='split to score (eval_split of the recipe)'), '--num-images': dict(type=int, help='only the first N images; never a recorded result'),
+    '--split': dict(help='split to score (eval_split of the recipe, else val, or test where val was learnt from)'), '--num-images': dict(type=int, help='only the first N images; never a recorded result'),
     '--pictures': dict(help='folder for a picture of each image, a chart, and the scores of all images as arrays; with --protocol, of a single one'),
-    '--protocol': dict(help='inference protocols, with commas, or all; without it the validation of the recipe'), '--processes': dict(type=int, default=0, help='worker processes of the dense CRF (0: none)'),
+    '--protocol': dict(help='how maps or boxes are made and scored: names with commas, or all; without it the validation of the recipe'), '--processes': dict(type=int, default=0, help='worker processes of the dense CRF (0: none)'),
     '--batch': dict(type=int, help='images an update, without it those of the recipe; with --find-batch-size the most that are tried'),
     '--find-batch-size': dict(action='store_true', help='measure 1, 2, 4, … images an update, until they no longer fit'), '--memory': dict(type=float, metavar='GB', help='what --find-batch-size may use (the GPU; without one, 90 %% of this machine)'),
+    '--boxes': dict(choices=['inclusive', 'half-open', 'voc'], help='what a list of boxes names: the last pixel inside, the first outside, or as VOC, counted from 1 (inclusive; wsol and ilsvrc)'),
+    '--truth': dict(choices=['all', 'one'], help='boxes of an image that count (all, where a list has them; ilsvrc)'),
     '--over': dict(nargs='+', action='extend', metavar='FIELD=A,B', help='a field and its values, with commas; true and false for switches, a+b for a field of several values'),
     '--metric': dict(default='', help='metrics of the table and the charts: parts of their names, with commas; without it those of the kind that the method puts first'),
     '--one-by-one': dict(action='store_true', help='vary each field alone, the others at their first values; without it, all combinations'),
     '--no-keep': dict(action='store_true', help='delete each archive once it is unpacked'), '--mirror': dict(help='base address or local folder to take the files from; their checksums stay the official ones'),
     '--like': dict(default='', help='only rows whose method, recipe, data or metric contains this text'),
-    '--weights': dict(help='weight file instead of a run'), '--classes': dict(help='names, with commas, in the order of training'),
+    '--weights': dict(help='weight file instead of a run'), '--classes': dict(help='names with commas, or a .txt file with a name a line, in the order of training'),
     '--layout?': dict(help='layout of --data, where it is not the one of the recipe'), '--layout': dict(default='voc', help='layout to write, see data list (voc)'),
     '--seed': dict(type=int, default=0, help='(0)'), '--size': dict(type=int, default=96, help='side in pixels (96)'),
     '--train': dict(type=int, default=4000, help='images (4000)'), '--val': dict(type=int, default=400, help='images (400)'), '--test': dict(type=int, default=400, help='images (400)'),

@@ -92,7 +92,8 @@ def data_check(
     require(args.layout in LAYOUTS, f'layout "{args.layout}"', f'one of {", ".join(LAYOUTS)}', 'check the name' if args.layout not in WRITERS else 'this layout is written for other programs; this version does not read it yet')
     require(Path(args.folder).is_dir(), f'no folder {args.folder}', 'the folder of the data', 'check the name')
     from wsl_nb.formats_check import check
-    findings = check(args.folder, args.layout)
+    require(args.boxes is None or args.layout in ('wsol', 'ilsvrc'), f'--boxes with the layout "{args.layout}"', 'wsol or ilsvrc', 'leave it out: this layout has one form')
+    findings = check(args.folder, args.layout, *filter(None, [args.boxes]))
     for f in findings: print(f)
     print(f'{len(findings)} finding{"s" * (len(findings) > 1)}' if findings else 'complete and sound')
     return 2 if findings else 0
