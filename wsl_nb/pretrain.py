@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from . import affinity_base
+from . import affinity_base, cdtr_base
 from .core import asset, require, save_asset
 from .data import embedded_of
 from .data_farm import CLASSES
@@ -24,6 +24,7 @@ MODELS = dict(
     more_laptop=replace(LAPTOP, evaluate_every=100), # MoRe
     more_unwindowed=replace(LAPTOP, patch_window=None), # MoRe with full attention among patches
     affinity_laptop=affinity_base.LAPTOP, # Classifier, AffinityNet and final network
+    cdtr_laptop=cdtr_base.LAPTOP, # CDTR, from the shipped backbone and with the shipped CLIP
 ) # Name -> recipe; all with one thread, from seed 0
 COURSE = dict(baseline=LAPTOP_BASELINE, MoRe=LAPTOP) # What `more_course` shows: name in pictures -> recipe
 
@@ -88,14 +89,18 @@ def make(
 ) -> None: # Weights and record are written
     "Trains a shipped model, or the course, and writes it. Raises: `BadInput` for an unknown name."
     from wsl_nb.metrics import to_row
-    require(name in ('all', 'more_course', *MODELS), f'asset "{name}"', f'all, or one of {[*MODELS, "more_course"]}', 'check the name')
-    if name in ('all', 'more_course'): make_course(folder, **changes)
+    from wsl_nb.pretrain_clip import make_clip
+    from wsl_nb.pretrain_deit import make_deit
+    apart = dict(deit_farm=make_deit, clip_farm=make_clip, more_course=make_course) # before the models that start from them
+    require(name in ('all', *apart, *MODELS), f'asset "{name}"', f'all, or one of {[*MODELS, *apart]}', 'check the name')
+    for each in apart if name == 'all' else [n for n in apart if n == name]: apart[each](folder, **changes)
     for each in MODELS if name == 'all' else [n for n in MODELS if n == name]:
         cfg, began, recipe = replace(MODELS[each], **changes), time.process_time(), importlib.import_module(f'wsl_nb.{each.split("_")[0]}_recipe')
         with tempfile.TemporaryDirectory() as run:
             scores = recipe.train_and_score(cfg, run)
             curves = {s: curve(Path(run)/s) for s in getattr(recipe, 'TRAINED', ())} or curve(run)
             model, record = recipe.load_run(run, len(CLASSES))[0], dict(recipe=asdict(cfg), scores=[to_row(s) for s in scores], curve=curves)
+            if hasattr(model, 'taus'): record['taus'] = model.taus
         save_asset(each, model.state_dict(), record | dict(cpu_seconds=round(time.process_time() - began), torch=torch.__version__), folder)
 
 # %% ../nbs/19a_pretrain.ipynb #faf34299
@@ -105,13 +110,15 @@ def shipped(
 ) -> tuple: # Model in evaluation mode, its recipe, `metrics.Result` records of the test split, curve (of each stage, where a method has several)
     "A shipped model with the record of its making. Raises: `BadInput` if unknown or changed."
     from wsl_nb.affinity_own import assemble
+    from wsl_nb.cdtr import CDTR
     from wsl_nb.metrics import from_row
     from wsl_nb.more import MoRe
-    tuples = lambda d: {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}
-    state, record = asset(name, folder)
-    cfg = (affinity_base.AffinityNetConfig if name.startswith('affinity') else MoReConfig)(**tuples(record['recipe']))
-    if name.startswith('affinity'): model = assemble(cfg, len(CLASSES), state, name)
-    else: model = MoRe(cfg, len(CLASSES)); model.load_state_dict(state)
+    state, record = asset(name, folder); method = name.split('_')[0]
+    kind = dict(more=MoReConfig, affinity=affinity_base.AffinityNetConfig, cdtr=cdtr_base.CDTRConfig)[method]
+    cfg = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in record['recipe'].items()})
+    if method == 'affinity': model = assemble(cfg, len(CLASSES), state, name)
+    else: model = dict(more=MoRe, cdtr=CDTR)[method](cfg, len(CLASSES)); model.load_state_dict(state)
+    if 'taus' in record: model.taus = record['taus']
     return model.eval(), cfg, [from_row(s) for s in record['scores']], record['curve']
 
 # %% ../nbs/19a_pretrain.ipynb #cb53754e

@@ -144,7 +144,7 @@ def read_weights(
         if str(path).endswith('.safetensors'): return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]): found = torch.load(path, map_location='cpu', weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as e:
-        raise core.BadInput(f'{path}, which cannot be read safely ({str(e).splitlines()[0][:120]})', 'a state dict of tensors', 'save the bare state dict and try again') from None
+        raise core.BadInput(f'{path}, which cannot be read safely ({(str(e) or type(e).__name__).splitlines()[0][:120]})', 'a state dict of tensors', 'save the bare state dict and try again') from None
     core.require(isinstance(found, dict), f'{path} with a {type(found).__name__}', 'a state dict of tensors', 'save the bare state dict and try again')
     return found
 
