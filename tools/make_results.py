@@ -3,7 +3,10 @@
     python tools/make_results.py ablation      the small recipe with one thing changed, three seeds (25 CPU-minutes)
     python tools/make_results.py protocols     every inference protocol on the small recipe, three seeds (10 CPU-minutes)
     python tools/make_results.py cost [--method affinity]     a few updates of the recipes at full size, a process each (6 CPU-minutes)
+    python tools/make_results.py ablation --method cdtr       sixteen variants of CATR and CDTR, three seeds, two processes (110 CPU-minutes)
+    python tools/make_results.py claims --method cdtr         measures in those runs, then a verdict for each claim (6 CPU-minutes)
 
+The ablation of cdtr begins with the four variants that most claims rest on (25 CPU-minutes); `--only tokens CATR` trains these alone.
 Runs are kept under out/results and taken up again where a call was interrupted; --out DIR writes elsewhere than results/METHOD.
 """
 import argparse, json, multiprocessing, shutil, sys
@@ -61,6 +64,52 @@ def protocols(runs, out):
     shutil.copy(runs / 'laptop' / 'seed0' / 'config.yaml', out / 'config.yaml')
 
 
+CDTR_WORKERS = 2  # Processes of one thread
+
+
+def one_variant(name, seed, runs):
+    "One variant of CDTR from one seed, trained and scored, in a process of its own."
+    from wsl_nb.cdtr_variants import run_variants
+    torch.set_num_threads(1); run_variants(runs, (name,), (seed,), lambda *text: print(*text, flush=True))
+
+
+def measured(run):
+    "Measures of one run, in a process of its own."
+    from wsl_nb.cdtr_variants import measure_run
+    torch.set_num_threads(1); measure_run(run)
+
+
+def side_by_side(work, jobs):
+    "Calls of a function in two processes, begun in this order; the first fault ends all."
+    with ProcessPoolExecutor(CDTR_WORKERS, multiprocessing.get_context('spawn')) as pool:
+        done = [pool.submit(work, *job) for job in jobs]
+        try:
+            for f in done: f.result()
+        except BaseException: pool.shutdown(cancel_futures=True); raise
+
+
+def cdtr_ablation(runs, out, only=()):
+    "CATR and CDTR with one thing changed each."
+    from wsl_nb.cdtr_variants import VARIANTS, run_variants
+    from wsl_nb.training_ablate import folder_name
+    runs, names = runs / 'cdtr', tuple(only) or tuple(VARIANTS)
+    run_variants(runs, ())  # the folder, before several processes write into it
+    side_by_side(one_variant, [(n, s, runs) for n in names for s in SEEDS])
+    ready = tuple(n for n in VARIANTS if all((runs / folder_name(n) / f'seed{s}' / 'scores.json').exists() for s in SEEDS))
+    run_variants(runs, ready, SEEDS)
+    shutil.copy(runs / 'result.json', out)
+    for n in ready: shutil.copy(runs / folder_name(n) / 'seed0' / 'config.yaml', out / f'config_{n.replace(", ", "_").replace(" ", "_")}.yaml')
+
+
+def cdtr_claims(runs, out, only=()):
+    "Measures of every run that is there, then the verdicts."
+    from wsl_nb.cdtr_claims import run_claims
+    from wsl_nb.viz import markdown_table
+    from wsl_nb.training_records import verdict_rows
+    side_by_side(measured, [(f.parent,) for f in sorted((runs / 'cdtr').glob('*/seed*/scores.json'))])
+    print(markdown_table(verdict_rows(run_claims(runs / 'cdtr', out / 'result.json', SEEDS))))
+
+
 COST = dict(more=(('VOC', 'COCO'), 1), affinity=(('PET',), 2))  # Method -> its recipes at full size, images an update
 
 
@@ -82,15 +131,20 @@ def cost(runs, out, name='more'):
     (out / 'result.json').write_text(json.dumps(found, indent=1) + '\n', encoding='utf-8')
 
 
+KINDS = dict(ablation=dict(more=ablation, cdtr=cdtr_ablation), protocols=dict(more=protocols), cost={m: cost for m in COST}, claims=dict(cdtr=cdtr_claims))  # Kind -> method -> what makes it
+
+
 def main():
     "Command line; see the top of this file."
-    kinds = dict(ablation=ablation, protocols=protocols, cost=cost)
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('kind', choices=list(kinds)); parser.add_argument('--method', choices=list(COST), default='more'); parser.add_argument('--out', type=Path)
-    args = parser.parse_args(); torch.set_num_threads(1)
-    if args.method != 'more' and args.kind != 'cost': parser.error(f'{args.kind} is for more; the records of {args.method} are made by wsl-nb demo and wsl-nb ablate')
-    out = (args.out or ROOT / 'results' / args.method) / args.kind; out.mkdir(parents=True, exist_ok=True)
-    kinds[args.kind](ROOT / 'out' / 'results', out, *([args.method] if args.kind == 'cost' else [])); print(f'wrote {out}')
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('kind', choices=list(KINDS)); parser.add_argument('--method', choices=sorted({m for ms in KINDS.values() for m in ms})); parser.add_argument('--out', type=Path)
+    parser.add_argument('--only', nargs='+', default=(), metavar='VARIANT', help='variants of the ablation of cdtr')
+    args = parser.parse_args(); torch.set_num_threads(1); made = KINDS[args.kind]
+    name = args.method or next(iter(made))
+    if name not in made: parser.error(f'{args.kind} is for {" and ".join(made)}; the other records of {name} are made by wsl-nb demo and wsl-nb ablate')
+    if args.only and made[name] is not cdtr_ablation: parser.error('--only is for ablation --method cdtr')
+    out = (args.out or ROOT / 'results' / name) / args.kind; out.mkdir(parents=True, exist_ok=True)
+    made[name](ROOT / 'out' / 'results', out, *([name] if args.kind == 'cost' else [args.only] if name == 'cdtr' else [])); print(f'wrote {out}')
 
 
 if __name__ == '__main__': sys.exit(main())
