@@ -113,7 +113,7 @@ CUB, ILSVRC = replace(CUB_OFFICIAL, **_mended), replace(ILSVRC_OFFICIAL, **_mend
 
 # %% ../nbs/03b_cdtr_base.ipynb #93faed33
 LAPTOP = replace(CUB, layout='embedded', train_split='train', eval_split='val', init='farm', dim=64, depth=4, heads=4, patch=8, side=12, mlp_ratio=3., drop_path=0., stem='conv', patch_window=3, ocm_blocks=3,
-    clip_model='farm', clip_dim=64, prompts=('a {}',), object_map='minmax', w_sba=.5, crop=96, resize=110, crop_area=(.6, 1.), augment='', erase=0., steps=500, epochs=0, batch=16, accumulate=1, repeats=1, lr=1e-3, weight_decay=.03,
+    clip_model='farm', clip_dim=64, prompts=('a {}',), object_map='minmax', w_sba=.5, crop=96, resize=110, crop_area=(.6, 1.), augment='', erase=0., steps=500, epochs=0, batch=16, accumulate=1, repeats=1, lr=3e-4, weight_decay=.03,
     schedule='onecycle', precision='fp32', cudnn_benchmark=False, checkpoint_every=0, log_every=10)
 LAPTOP_CATR = replace(LAPTOP, ski=False, w_sba=0.)
 LAPTOP_TOKENS = replace(LAPTOP_CATR, csm=False, ocm_blocks=0, w_area=0.)
