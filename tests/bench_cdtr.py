@@ -2,7 +2,6 @@
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -11,27 +10,20 @@ import bench_cdtr_plain as plain
 import bench_cdtr_sweep
 from bench import Row, gap, timed_row
 from parity_cdtr import LOSSES
-from reference_cdtr import PlainCDTR, under_released_name
+from reference_cdtr import PlainCDTR, plain_adamw, under_released_name
 from wsl_nb import cdtr
 from wsl_nb.cdtr_base import CUB_OFFICIAL
+from wsl_nb.cdtr_own import random_clip
 from wsl_nb.core import seed_everything, torch_rng
+from wsl_nb.data_farm import VOCABULARY
 from wsl_nb.training_config import make_optimizer
-from wsl_nb.vit_clip import OPENAI_MEAN, OPENAI_STD, equip, freeze
+from wsl_nb.vit import text_features
 
 FULL = replace(CUB_OFFICIAL, precision='fp32', drop_path=0., batch=4)             # stochastic depth off: both forms must drop the same blocks
-QUICK = replace(FULL, dim=48, depth=3, heads=3, side=4, mlp_ratio=2., csm_width=4, ocm_blocks=2, clip_dim=32)
-SMALL_CLIP = dict(embed_dim=32, vision_cfg=dict(layers=2, width=32, head_width=16, patch_size=16, image_size=64), text_cfg=dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=2))
+QUICK = replace(FULL, dim=48, depth=3, heads=3, side=6, mlp_ratio=2., csm_width=4, ocm_blocks=2, clip_model='farm', clip_dim=64, prompts=('a {}',))
 
 
 # --- both forms of everything, with the same weights -----------------------------------------------------------------
-
-def random_clip(cfg, quick):
-    "open_clip's model with random weights; nothing is downloaded."
-    import open_clip
-    shape = SMALL_CLIP if quick else open_clip.get_model_config(cfg.clip_model)
-    clip = open_clip.model.CLIP(shape['embed_dim'], shape['vision_cfg'], shape['text_cfg'], quick_gelu=True)
-    return freeze(equip(clip, open_clip.SimpleTokenizer(context_length=clip.context_length), OPENAI_MEAN, OPENAI_STD))
-
 
 def twins(cfg, classes):
     "(the library's network, the plain one) with the same weights."
@@ -69,20 +61,19 @@ def same_branches(ours, other):
 
 def step_forms(cfg, classes, quick):
     "(plain step, ours, largest error of the losses, of the gradients, sides of the leaky ReLUs); a step is forward, backward and AdamW."
-    (ours, other), clip = twins(cfg, classes), random_clip(cfg, quick)
-    open_clip_, names = deepcopy(clip).requires_grad_(True), [f'species {i}' for i in range(classes)]
+    (ours, other), clip = twins(cfg, classes), random_clip(cfg.clip_model)
+    thawed, names = deepcopy(clip).requires_grad_(True), list(VOCABULARY[:classes]) if quick else [f'species {i}' for i in range(classes)]
     image, target = scene(cfg, classes, cfg.batch)
     words, batch = [cfg.prompts[0].format(n) for n in names[:len(target)]], dict(image=image, label=F.one_hot(target, classes).float())
-    with patch.object(cdtr, 'guide', lambda *_: clip): cdtr.write_prompts(ours, cfg, names)
-    free = lambda n, p: p.ndim < 2 or n in ('cls_token', 'pos_embed')
-    rules = make_optimizer(cfg, cdtr.groups(ours, cfg)), torch.optim.AdamW([dict(params=[p for n, p in other.named_parameters() if free(n, p) == kind], weight_decay=0. if kind else cfg.weight_decay) for kind in (False, True)], lr=cfg.lr)
+    ours.text.copy_(text_features(clip, names, cfg.prompts))                          # once a run
+    rules = make_optimizer(cfg, cdtr.groups(ours, cfg)), plain_adamw(other, cfg.lr, cfg.weight_decay)
     def slow():
-        rules[1].zero_grad(); terms, total = plain.plain_step(other, open_clip_, image, target, words, cfg)
+        rules[1].zero_grad(); terms, total = plain.plain_step(other, thawed, image, target, words, cfg)
         total.backward(); rules[1].step()                                             # CLIP's own gradients pile up, as in the released code
         return terms | dict(total=total)
     def fast():
         rules[0].zero_grad()
-        with patch.object(cdtr, 'guide', lambda *_: clip): terms = cdtr.losses(ours, batch, 0, cfg)
+        terms = cdtr.losses(ours, batch, 0, cfg, clip=clip)
         total = cdtr.total(terms, ours, 0, cfg); total.backward(); rules[0].step()
         return terms | dict(total=total)
     with same_branches(ours, other) as sides: a, b = slow(), fast()

@@ -208,11 +208,10 @@ def plain_step(model, found, inputs, config):
                 attn_map_area_kept=plain_area(found['attn_map'], area)[1]), terms | sums
 
 
-def plain_adamw(model, lr):
-    "One step: decay on what has more than one axis, but not on token and positions."
+def plain_adamw(model, lr, decay=.05):
+    "Decay on what has more than one axis, but not on token and positions."
     free = lambda n, p: p.ndim < 2 or n in ('cls_token', 'pos_embed')
-    groups = [dict(params=[p for n, p in model.named_parameters() if free(n, p) == kind], weight_decay=0. if kind else .05) for kind in (False, True)]
-    torch.optim.AdamW(groups, lr=lr).step()
+    return torch.optim.AdamW([dict(params=[p for n, p in model.named_parameters() if free(n, p) == kind], weight_decay=0. if kind else decay) for kind in (False, True)], lr=lr)
 
 
 def write_model_directory(folder, seed, variant, classes, batch, dim, depth, heads, ratio, patch, side, width, ocm, clip_dim, lr=1e-3, weight=.7, area=.2):
@@ -238,7 +237,7 @@ def write_model_directory(folder, seed, variant, classes, batch, dim, depth, hea
     train = {k: v for k, v in found.items() if not k.startswith('tokens_after_block') or int(k[18:]) in (0, depth // 2, depth - 1)} | more | {f'L.{k}': v for k, v in losses.items()}
     train |= dict(x_logits=found['x_map'].mean((2, 3)), attn_logits=found['csm_map'].mean((2, 3)), dnc_logits=found['ski_map'].mean((2, 3)))
     train, grads = copied(train), copied({n: p.grad for n, p in model.named_parameters()})
-    plain_adamw(model, lr)
+    plain_adamw(model, lr).step()
     after = {f'param.{n}': p for n, p in model.named_parameters() if p.numel() <= 64 or n == 'att_cls.weight'} | {f'buffer.{n}': b for n, b in model.named_buffers() if not n.endswith('tracked')}
     saved(folder, config, weights=state, inputs=inputs, train=train, grads=grads, after_step=after,
           eval=dict(x_logits=logits, cams=cams, feats=feats, pre_map=calm['pre_map'], top1=top, box_thresholds=taus, boxes=boxes, resized_cam_stride8=torch.from_numpy(np.stack(views))[:, ::8, ::8]))
