@@ -370,7 +370,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'wsl_nb.cdtr_variants.read_scores': ('cdtr_variants.html#read_scores', 'wsl_nb/cdtr_variants.py'),
                                       'wsl_nb.cdtr_variants.recipe': ('cdtr_variants.html#recipe', 'wsl_nb/cdtr_variants.py'),
                                       'wsl_nb.cdtr_variants.run_variants': ('cdtr_variants.html#run_variants', 'wsl_nb/cdtr_variants.py'),
-                                      'wsl_nb.cdtr_variants.score_variant': ('cdtr_variants.html#score_variant', 'wsl_nb/cdtr_variants.py'),
                                       'wsl_nb.cdtr_variants.train_variant': ('cdtr_variants.html#train_variant', 'wsl_nb/cdtr_variants.py'),
                                       'wsl_nb.cdtr_variants.with_short_names': ( 'cdtr_variants.html#with_short_names',
                                                                                  'wsl_nb/cdtr_variants.py')},

@@ -198,9 +198,10 @@ def guide(
     device: str = 'cpu', # Where it is needed
 ): # Frozen CLIP with `tokenizer`, `mean`, `std`, `side`
     "The CLIP of the SBA loss, loaded once a process; it is no part of the model. Raises: `BadInput` without a file."
-    if name == 'farm': return farm_clip(VOCABULARY).to(device)
-    require(file, f'no weights for CLIP {name}', '--clip_file FILE', 'get them by hand (wsl-nb data fetch clip_vit_b32 says where), or say --w_sba 0, as CATR does')
-    return load_clip(name, file).to(device)
+    with torch.random.fork_rng(devices=[]): # building it draws weights that the file replaces: a resumed run would draw on from another place
+        if name == 'farm': return farm_clip(VOCABULARY).to(device)
+        require(file, f'no weights for CLIP {name}', '--clip_file FILE', 'get them by hand (wsl-nb data fetch clip_vit_b32 says where), or say --w_sba 0, as CATR does')
+        return load_clip(name, file).to(device)
 
 # %% ../nbs/03_cdtr.ipynb #b47fb292
 class CDTR(nn.Module):

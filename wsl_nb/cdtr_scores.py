@@ -8,8 +8,8 @@ __all__ = ['KINDS', 'GRID', 'SCORES', 'DELTAS', 'WORDS', 'kinds_of', 'score_map'
            'evaluate_protocols', 'evaluate', 'evaluate_all', 'choose_taus']
 
 # %% ../nbs/03c_cdtr_scores.ipynb #22d3304e
-import time
-from dataclasses import dataclass
+import re, time
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -228,8 +228,9 @@ def evaluate_all(
     split, # `data.Split`
     cfg: CDTRConfig, # Recipe
 ) -> list: # `metrics.Result` records
-    "Every protocol and every kind of map, in one list."
-    return [r for rows in evaluate_protocols(model, split, cfg).values() for r in rows]
+    "Every protocol and every kind of map, in one list. Each seed has its own thresholds, so a record says only where its one comes from."
+    bare = lambda protocol: protocol | dict(threshold=re.sub(r'^\d\.\d+ of', 'share of', protocol['threshold']))
+    return [replace(r, protocol=bare(r.protocol)) for rows in evaluate_protocols(model, split, cfg).values() for r in rows]
 
 # %% ../nbs/03c_cdtr_scores.ipynb #e4b3d855
 def choose_taus(
