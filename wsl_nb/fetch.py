@@ -50,8 +50,8 @@ class Source:
 _BY_HAND = tuple(Source(name, layout, (), home, note) for name, layout, home, note in (
     ('coco2014', 'coco2014', 'the official COCO site', 'train2014 (82,783 images), val2014 (40,504 images) and the annotations of 2014, unpacked beside each other'),
     ('coco2017', 'coco2017', 'the official COCO site', 'train2017, val2017 and the annotations of 2017, unpacked beside each other'),
-    ('cub', '', 'the data archive of Caltech', 'CUB-200-2011, one archive of 1.1 GB, 11,788 images; research use'),
-    ('ilsvrc', '', 'image-net.org, after registration', 'ILSVRC 2012: train and val images, and the boxes of val; non-commercial research'),
+    ('cub', 'cub', 'the data archive of Caltech', 'CUB-200-2011, one archive of 1.1 GB, 11,788 images; research use'),
+    ('ilsvrc', 'ilsvrc', 'image-net.org, after registration', 'ILSVRC 2012: train and val images, and the boxes of val; non-commercial research'),
     ('dior', '', 'the site of the authors of DIOR', 'images, horizontal boxes and lists: 23,463 images of 800 x 800'),
     ('nwpu_vhr10', '', 'the site of the authors of NWPU VHR-10', '650 images with objects, 150 without, and their ground truth; 77 MB'),
     ('vit_b16', '', 'timm, whose name for it is vit_base_patch16_224.orig_in21k_ft_in1k', 'the file jx_vit_base_p16_224-80ecf9dd.pth, for --init of MoRe'),
