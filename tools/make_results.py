@@ -4,6 +4,7 @@
     python tools/make_results.py protocols     every inference protocol on the small recipe, three seeds (10 CPU-minutes)
     python tools/make_results.py cost [--method affinity]     a few updates of the recipes at full size, a process each (6 CPU-minutes)
     python tools/make_results.py ablation --method cdtr       sixteen variants of CATR and CDTR, three seeds, two processes (110 CPU-minutes)
+    python tools/make_results.py demo --method cdtr           the table of `wsl-nb demo cdtr` over three seeds, from those runs (1 second)
     python tools/make_results.py claims --method cdtr         measures in those runs, then a verdict for each claim (6 CPU-minutes)
 
 The ablation of cdtr begins with the four variants that most claims rest on (25 CPU-minutes); `--only tokens CATR` trains these alone.
@@ -101,6 +102,20 @@ def cdtr_ablation(runs, out, only=()):
     for n in ready: shutil.copy(runs / folder_name(n) / 'seed0' / 'config.yaml', out / f'config_{n.replace(", ", "_").replace(" ", "_")}.yaml')
 
 
+def cdtr_demo(runs, out, only=()):
+    "The records of `wsl-nb demo cdtr --seeds 0,1,2`, from the runs of the ablation, which train the same recipes."
+    from wsl_nb.cdtr_recipe import DEMO
+    from wsl_nb.metrics import combine, read_results, write_results
+    rows = []
+    for name in DEMO:
+        seeds = [read_results(runs / 'cdtr' / name / f'seed{s}' / 'scores.json') for s in SEEDS]
+        rows += [combine(same) for same in zip(*seeds)]
+        shutil.copy(runs / 'cdtr' / name / 'seed0' / 'config.yaml', out / f'config_{name}.yaml')
+    write_results(out / 'result.json', rows)
+    kept = {name: {f'seed{s}': json.loads((runs / 'cdtr' / name / f'seed{s}' / 'taus.json').read_text()) for s in SEEDS} for name in DEMO}
+    (out / 'taus.json').write_text(json.dumps(kept, indent=1) + '\n', encoding='utf-8')
+
+
 def cdtr_claims(runs, out, only=()):
     "Measures of every run that is there, then the verdicts."
     from wsl_nb.cdtr_claims import run_claims
@@ -131,7 +146,7 @@ def cost(runs, out, name='more'):
     (out / 'result.json').write_text(json.dumps(found, indent=1) + '\n', encoding='utf-8')
 
 
-KINDS = dict(ablation=dict(more=ablation, cdtr=cdtr_ablation), protocols=dict(more=protocols), cost={m: cost for m in COST}, claims=dict(cdtr=cdtr_claims))  # Kind -> method -> what makes it
+KINDS = dict(ablation=dict(more=ablation, cdtr=cdtr_ablation), protocols=dict(more=protocols), cost={m: cost for m in COST}, claims=dict(cdtr=cdtr_claims), demo=dict(cdtr=cdtr_demo))  # Kind -> method -> what makes it
 
 
 def main():
