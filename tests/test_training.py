@@ -65,7 +65,7 @@ def kill_and_resume(out, kills, method, whole, seed=0, **changes):
     assert job.returncode == 0, text
 
 
-@pytest.mark.parametrize('method, kills', [('linear', 2), ('more', 2), ('affinity', (10, 19))], ids=lambda v: v if isinstance(v, str) else '')
+@pytest.mark.parametrize('method, kills', [('linear', 2), ('more', 2), ('affinity', (10, 19)), ('cdtr', 2)], ids=lambda v: v if isinstance(v, str) else '')
 def test_two_kills(tmp_path, method, kills):
     "AffinityNet: in the middle of its label files, and in its second network; workers would make its CRF start processes."
     changes = dict(workers=int(method != 'affinity'), accumulate=2)
@@ -75,7 +75,7 @@ def test_two_kills(tmp_path, method, kills):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('method', ['linear', 'more', 'affinity'])
+@pytest.mark.parametrize('method', ['linear', 'more', 'affinity', 'cdtr'])
 @pytest.mark.parametrize('workers', [1, 2])
 @pytest.mark.parametrize('accumulate', [1, 2])
 def test_ten_kills(tmp_path, method, workers, accumulate):

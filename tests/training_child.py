@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from wsl_nb import affinity_base, training
+from wsl_nb import affinity_base, cdtr_base, training
 from wsl_nb.data import embedded
 from wsl_nb.more_base import LAPTOP
 
@@ -38,7 +38,17 @@ def affinity():
     return affinity_recipe, AFFINITY_TINY, lambda cfg: embedded(cfg.data_preset, size=cfg.crop, train=cfg.data_train, val=cfg.data_eval, test=0)
 
 
-METHODS = dict(linear=linear, more=more, affinity=affinity) # a method joins here with a config of some seconds
+CDTR_TINY = replace(cdtr_base.LAPTOP, init='', data_train=16, data_eval=4, dim=16, depth=3, heads=2, ocm_blocks=2, csm_width=2, side=8, mlp_ratio=2., drop_path=.1, crop=64, resize=72, augment='rand-m9-mstd0.5-inc1', erase=.25,
+                    steps=10, batch=2, lr=1e-3, lr_min=1e-5, checkpoint_every=2, log_every=1) # Every term, every augmentation, the shipped CLIP
+
+
+def cdtr():
+    "CDTR at the size of a stamp, on drawn images with one object each."
+    from wsl_nb import cdtr_recipe
+    return cdtr_recipe, CDTR_TINY, lambda cfg: embedded(cfg.data_preset, size=cfg.crop, train=cfg.data_train, val=cfg.data_eval, test=cfg.data_eval)
+
+
+METHODS = dict(linear=linear, more=more, affinity=affinity, cdtr=cdtr) # a method joins here with a config of some seconds
 
 
 def prepare(method, changes):
