@@ -197,13 +197,12 @@ def spoken(
 def guide(
     name: str, # Model in open_clip, or 'farm'
     file: str = '', # Its weight file
-    device: str = 'cpu', # Where it is needed
 ): # Frozen CLIP with `tokenizer`, `mean`, `std`, `side`
     "The CLIP of the SBA loss, loaded once a process; it is no part of the model. Raises: `BadInput` without a file."
     with torch.random.fork_rng(devices=[]): # building it draws weights that the file replaces: a resumed run would draw on from another place
-        if name == 'farm': return farm_clip(VOCABULARY).to(device)
+        if name == 'farm': return farm_clip(VOCABULARY)
         require(file, f'no weights for CLIP {name}', '--clip_file FILE', 'get them by hand (wsl-nb data fetch clip_vit_b32 says where), or say --w_sba 0, as CATR does')
-        return load_clip(name, file).to(device)
+        return load_clip(name, file)
 
 # %% ../nbs/03_cdtr.ipynb #b47fb292
 class CDTR(nn.Module):
@@ -248,7 +247,7 @@ def write_prompts(
 ) -> None: # Nothing without SBA
     "Text features of the class names, once a run: the prompts never change. Raises: `BadInput` for a CLIP of another width than the recipe says."
     if not cfg.w_sba: return
-    words = text_features(guide(cfg.clip_model, cfg.clip_file), [spoken(n) for n in names], cfg.prompts)
+    words = text_features(guide(cfg.clip_model, cfg.clip_file), [spoken(n) if cfg.prompt_names == 'spoken' else n for n in names], cfg.prompts)
     require(words.shape[1] == cfg.clip_dim, f'CLIP {cfg.clip_model} with features of width {words.shape[1]}', f'{cfg.clip_dim}, as clip_dim says', f'say --clip_dim {words.shape[1]}, or choose another --clip_model')
     model.text.copy_(words)
 
@@ -281,7 +280,7 @@ def losses(
     def _class_loss(m): return F.cross_entropy(m.float().mean((2, 3)), target)
     found = dict(cls=lambda: _class_loss(maps.tokens), csm=lambda: _class_loss(maps.stimulated), area=lambda: area_loss(maps.attention, cfg.area),
                  map=lambda: map_loss(maps.object_, maps.attention, cfg.pairing), ski=lambda: _class_loss(maps.deformed),
-                 sba=lambda: sba(maps, batch['image'], target, model.text, clip or guide(cfg.clip_model, cfg.clip_file, batch['image'].device.type), cfg))
+                 sba=lambda: sba(maps, batch['image'], target, model.text, clip or guide(cfg.clip_model, cfg.clip_file).to(batch['image'].device), cfg))
     return {k: found[k]() for k in weights(cfg, step)}
 
 # %% ../nbs/03_cdtr.ipynb #35e838ac

@@ -67,6 +67,7 @@ class CDTRConfig(RunConfig):
     clip_file: str = '' # Its weight file; not needed for 'farm'
     clip_dim: int = 512 # Width of its features
     prompts: tuple[str, ...] = ('a photo of {}.',) # Sentences around a class name
+    prompt_names: Literal['file', 'spoken'] = 'file' # Class names in them: as the data set writes them (released code), or without number, underscores and synonyms
     prompt_index: Literal['position', 'label'] = 'position' # Prompt of image i of a batch: that of class i (released code), or of its own class
     object_map: Literal['raw', 'minmax'] = 'raw' # The map that masks the image: as it is, or stretched to [0,1]
     mask_source: Literal['fused', 'attention'] = 'fused' # ... the fused map of the true class (released code), or the mean attention (figure)
@@ -101,19 +102,20 @@ CUB_OFFICIAL = CDTRConfig() # What the released CDTR script does on CUB-200-2011
 ILSVRC_OFFICIAL = replace(CUB_OFFICIAL, layout='ilsvrc', train_split='train', csm_width=256, ocm_blocks=10, w_sba=.01, area=.1, object_map='minmax', tau=.19, epochs=14, batch=64, lr=2.5e-4)
 CATR_CUB_OFFICIAL = replace(CUB_OFFICIAL, ski=False, w_sba=0., ema=.99996, epochs=80, tau=.1) # CATR: no SKI, no CLIP
 
-# %% ../nbs/03b_cdtr_base.ipynb #eaa4156c
+# %% ../nbs/03b_cdtr_base.ipynb #ec840008
 CHANGES = dict(
     pairing='the released code compares the object map of an image with the attention of every image of the batch, by broadcasting',
     prompt_index='the released code takes the text of class number i for image number i of the batch, whatever the image shows',
+    prompt_names='the released code writes "a photo of Black_footed_Albatross." on CUB, and all synonyms of a class on ILSVRC',
     clip_pixels='CLIP learnt with its own mean and deviation',
     precision='bfloat16 needs no scaling of the loss',
 ) # Field in which CUB and ILSVRC differ from their _OFFICIAL recipes -> reason
-_mended = dict(pairing='paired', prompt_index='label', clip_pixels='clip', precision='bf16')
+_mended = dict(pairing='paired', prompt_index='label', prompt_names='spoken', clip_pixels='clip', precision='bf16')
 CUB, ILSVRC = replace(CUB_OFFICIAL, **_mended), replace(ILSVRC_OFFICIAL, **_mended)
 
 # %% ../nbs/03b_cdtr_base.ipynb #93faed33
 LAPTOP = replace(CUB, layout='embedded', train_split='train', eval_split='val', init='farm', dim=64, depth=4, heads=4, patch=8, side=12, mlp_ratio=3., drop_path=0., stem='conv', patch_window=3, ocm_blocks=3,
-    clip_model='farm', clip_dim=64, prompts=('a {}',), object_map='minmax', w_sba=.5, crop=96, resize=110, crop_area=(.6, 1.), augment='', erase=0., steps=500, epochs=0, batch=16, accumulate=1, repeats=1, lr=3e-4, weight_decay=.03,
+    clip_model='farm', clip_dim=64, prompts=('a {}',), object_map='minmax', w_sba=.5, crop=96, resize=110, crop_area=(.6, 1.), augment='', erase=0., steps=500, epochs=0, batch=16, accumulate=1, repeats=1, lr=1e-3, weight_decay=.03,
     schedule='onecycle', precision='fp32', cudnn_benchmark=False, checkpoint_every=0, log_every=10)
 LAPTOP_CATR = replace(LAPTOP, ski=False, w_sba=0.)
 LAPTOP_TOKENS = replace(LAPTOP_CATR, csm=False, ocm_blocks=0, w_area=0.)
