@@ -143,7 +143,7 @@ def run_predict(
         boxes += [dict(file=file.name, size=list(image.shape[:2]), **{'class': names[c]}, score=round(float(found['scores'][c]), 4), xyxy=[round(float(v), 2) for v in box]) for c, box in found.get('boxes', {}).items()]
         sections.append(dict(title=file.name, figures=figures, captions=[f'{file.name}: {captions[0]}', *captions[1:]]))
     if boxes:
-        with atomic(out/'boxes.json') as spare: spare.write_text(json.dumps(boxes, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+        with atomic(out/'boxes.json') as spare: spare.write_text('[\n' + ',\n'.join(json.dumps(b, ensure_ascii=False) for b in boxes) + '\n]\n', encoding='utf-8')
     how = HOW_BOXES.format(threshold=found['threshold']) if boxes else HOW_LABELS.format(background=f' of {cfg.background}' if hasattr(cfg, 'background') else '')
     report_html(out/'report.html', f'{args.method}: own images', [dict(text=how), *sections]); print(f'wrote {out/"report.html"}' + (f' and {out/"boxes.json"}' if boxes else ''))
     return 0
