@@ -343,6 +343,7 @@ def test_a_full_recipe_says_what_it_needs(farm, tmp_path, capsys): # noqa: F811
     words = ['train', 'cdtr', '--preset', 'CUB', '--data', farm[1]('cub'), '--out', tmp_path/'run']
     code, text = refused(capsys, *words); assert code == 2 and '--clip_file' in text and 'clip_vit_b32' in text and not (tmp_path/'run').exists()
     code, text = refused(capsys, *words, '--w_sba', '0', '--init', tmp_path/'deit.pth'); assert code == 2 and 'deit.pth' in text and not (tmp_path/'run').exists()
+    code, text = refused(capsys, 'ablate', 'cdtr', '--preset', 'CUB', '--w_sba', '0', '--over', 'area=.1,.2', '--data', farm[1]('cub'), '--out', tmp_path/'ablation'); assert code == 2 and 'of which the recipe learns' in text and '--train_split train' in text and not (tmp_path/'ablation').exists()
     assert cli.main(['train', 'cdtr', '--config', str(command(tmp_path, replace(BARE, layout='cub', train_split='trainval', steps=1), tmp_path/'tiny')[3]), '--data', str(farm[1]('cub')), '--out', str(tmp_path/'tiny')]) == 0
     assert 'deit_s says where' in capsys.readouterr().out
 

@@ -120,11 +120,13 @@ def run_ablate(
     changes, said = combinations(read_over(cfg, args.over), args.one_by_one), []
     def _say(text): said.append(text); print(text, flush=True)
     fixed = [f'{f.name}={shown(getattr(cfg, f.name))}' for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != getattr(start, f.name)]
-    name, seeds = ', '.join([args.preset, *fixed]), seed_list(args.seeds)
-    results = ablate(module, cfg, changes, lambda one: open_data(one, args.data, args), args.out, seeds, args.split or getattr(cfg, 'eval_split', '') or 'val', resume=args.resume, preset=name, say=_say,
+    name, seeds, data = ', '.join([args.preset, *fixed]), seed_list(args.seeds), open_data(cfg, args.data, args)
+    split = args.split or getattr(cfg, 'eval_split', '') or 'val'; learnt = set(data.splits.get(getattr(cfg, 'train_split', 'train'), ())) & set(data.splits.get(split, ()))
+    require(args.split or not learnt, f'{split}, of which the recipe learns {len(learnt)} images', 'a split of its own to choose by', 'say --train_split train, or --split NAME')
+    results = ablate(module, cfg, changes, lambda one: open_data(one, args.data, args), args.out, seeds, split, resume=args.resume, preset=name, say=_say,
                      look=lambda records: shown_metrics({'first': records}, args.metric)) # a misspelt --metric costs one run, not all
     if world()[0]: return 0
-    for run in Path(args.out).glob('*/*/'): note_classes(run, open_data(cfg, args.data, args).classes) # so that `predict` knows them
+    for run in Path(args.out).glob('*/*/'): note_classes(run, data.classes) # so that `predict` knows them
     notes = [f'Other than in {args.preset}: {", ".join(fixed)}.'] * bool(fixed) + [t.capitalize() + '.' for t in said if t.startswith('stages: ')]
     page = ablation_report(args.out, f'{args.method} {args.preset}: what a choice is worth', changes, results, args.one_by_one, args.metric, '\n\n'.join(notes))
     print(f'\n{(Path(args.out)/"table.md").read_text(encoding="utf-8")}\nwrote {page}')
