@@ -11,13 +11,10 @@ import torch.nn.functional as F
 import parity
 import parity_cdtr
 import reference_cdtr as plain
-from wsl_nb import cdtr, cdtr_base as base, cdtr_recipe, cdtr_weights
+from wsl_nb import cdtr, cdtr_base as base, cdtr_weights
 from wsl_nb.cdtr_own import random_clip
 from wsl_nb.core import BadInput, seed_everything, torch_rng
-from wsl_nb.data import embedded_of
-from wsl_nb.training_checkpoint import checkpoint, load_model
 from wsl_nb.training_config import autocast
-from wsl_nb.training_order import Order
 from wsl_nb.vit_clip import image_features
 
 GOLDEN = Path(__file__).parent/'golden'/'cdtr'
@@ -350,33 +347,6 @@ def test_catr_weights_do_not_go_into_cdtr():
 
 
 # --- incidents -------------------------------------------------------------------------------------------------------
-
-def test_a_sampler_that_is_never_told_the_epoch_sees_a_third_of_the_images_for_ever():
-    epochs = [set(base.repeated_draws(5994, epoch)) for epoch in (0, 0, 0, 1)]
-    assert len(base.repeated_draws(5994, 0)) == 5888 and len(epochs[0]) == 1963 and epochs[0] == epochs[1] == epochs[2] != epochs[3]
-    assert len(set().union(*(base.repeated_draws(5994, e) for e in range(50)))) == 5994 and all(len(set(base.repeated_draws(5994, e, 4, r))) <= 1472 for e in (0, 7) for r in range(4))
-    order = Order(5994, batch=32, repeats=3); drawn = [{i for _, i, _ in order.epoch(e)} for e in range(50)] # ours has the epoch in every draw
-    assert {len(d) for d in drawn} == {1998} and drawn[0] != drawn[1] and len(set().union(*drawn)) == 5994
-
-
-def test_a_floor_above_the_scaled_rate_is_refused(tmp_path):
-    low = 5e-5 * 32 / 512; rates = base.epoch_rates(50, low)
-    assert max(rates[10:]) == rates[-1] > 3 * low # it rises where it should fall
-    cfg = replace(base.LAPTOP_CATR, init='', dim=16, depth=2, heads=2, csm_width=2, ocm_blocks=1, data_train=8, data_eval=4, crop=32, resize=36, epochs=2, steps=0, batch=4, lr=low)
-    with pytest.raises(BadInput, match='floor'): cdtr_recipe.train(cfg, embedded_of(cfg), tmp_path/'run')
-    assert not (tmp_path/'run').exists()
-    base.check_rates(replace(cfg, lr_min=low)), base.check_rates(replace(cfg, lr=1e-5)), base.check_rates(replace(cfg, epochs=0, steps=3))
-
-
-@pytest.mark.parametrize('ema', [0., .9])
-def test_a_run_without_averaged_weights_saves_and_loads(tmp_path, ema):
-    "The released script asks for the state of averaged weights that it never made: the whole run was lost at its last line."
-    cfg = replace(base.LAPTOP_CATR, init='', eval_split='', dim=16, depth=2, heads=2, csm_width=2, ocm_blocks=1, data_train=8, data_eval=4, crop=32, resize=36, steps=3, batch=4, checkpoint_every=1, ema=ema)
-    data = embedded_of(cfg); cdtr_recipe.train(cfg, data, tmp_path)
-    folder = checkpoint(tmp_path); assert (folder/'ema.safetensors').exists() == (ema > 0)
-    seed_everything('elsewhere'); model = load_model(cdtr.CDTR(cfg, len(data.classes)), folder); assert not model.training
-    with torch.no_grad(): assert model(noise(1, 3, 32, 32)).fused().isfinite().all()
-
 
 def test_clip_gets_no_gradient_and_is_no_part_of_the_model():
     "The released code leaves CLIP's 151 million weights to pile up gradients that nobody reads."

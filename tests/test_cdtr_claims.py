@@ -10,7 +10,7 @@ from torch import nn
 from wsl_nb import cdtr_claims as claims, cdtr_recipe, cdtr_variants as variants
 from wsl_nb.boxes import PROTOCOLS
 from wsl_nb.cdtr import CDTR, Maps, area_loss, map_loss, sba, write_prompts
-from wsl_nb.cdtr_base import CATR_CUB_OFFICIAL, CUB, LAPTOP, LAPTOP_CATR, LAPTOP_TOKENS, epoch_rates, repeated_draws
+from wsl_nb.cdtr_base import CATR_CUB_OFFICIAL, CUB, LAPTOP, LAPTOP_CATR, LAPTOP_TOKENS, check_rates, epoch_rates, repeated_draws
 from wsl_nb.core import BadInput, torch_rng
 from wsl_nb.data import CLASSES, embedded, embedded_of
 from wsl_nb.training_checkpoint import checkpoint, checkpoints, read_config, read_part
@@ -222,6 +222,7 @@ def test_seeds_must_be_as_many(even):
 def test_a_sampler_that_is_not_told_the_epoch_deals_the_same_third():
     "Released sampler: 1963 of 5994 images, the same in every epoch; ours has the epoch in its hand."
     untold = [repeated_draws(5994, 0) for _ in range(3)]; assert len(set(untold[0])) == 1963 and untold[0] == untold[2] and len(untold[0]) == 5888
+    assert all(len(set(repeated_draws(5994, e, 4, r))) <= 1472 for e in (0, 7) for r in range(4))
     told = set().union(*(repeated_draws(5994, e) for e in range(20))); assert len(told) > 5980
     order = Order(5994, 128, accumulate=4, repeats=3); seen = [[i for _, i, _ in order.epoch(e)] for e in range(2)]
     assert seen[0] != seen[1] and len(set(seen[0])) == 1998 and len(set().union(*([i for _, i, _ in order.epoch(e)] for e in range(20)))) > 5980
@@ -232,6 +233,7 @@ def test_a_rate_below_its_floor_is_refused_before_anything_is_made(tmp_path):
     cfg = replace(LAPTOP_CATR, **TINY | dict(steps=0, epochs=1, lr=5e-5 * 32 / 512))
     with pytest.raises(BadInput, match='under its floor'): cdtr_recipe.train(cfg, embedded_of(cfg), tmp_path/'run')
     assert not (tmp_path/'run').exists()
+    check_rates(replace(cfg, lr_min=cfg.lr)), check_rates(replace(cfg, lr=1e-5)), check_rates(replace(cfg, epochs=0, steps=3))
 
 
 @pytest.mark.parametrize('ema', [0., .9])
@@ -239,7 +241,9 @@ def test_a_run_is_saved_and_loaded_with_and_without_averaged_weights(tmp_path, e
     "Incident: the last line of a run asked an average that was not there for its weights."
     cfg = replace(LAPTOP_CATR, **TINY | dict(steps=1, ema=ema)); assert CATR_CUB_OFFICIAL.ema and not CUB.ema
     assert cdtr_recipe.train(cfg, embedded_of(cfg), tmp_path/'run')['finished'] and len(checkpoints(tmp_path/'run')) == 1
-    assert (checkpoint(tmp_path/'run')/'ema.safetensors').exists() == bool(ema) and isinstance(cdtr_recipe.load_run(tmp_path/'run', 8)[0], CDTR)
+    assert (checkpoint(tmp_path/'run')/'ema.safetensors').exists() == bool(ema)
+    model = cdtr_recipe.load_run(tmp_path/'run', 8)[0]; assert isinstance(model, CDTR) and not model.training
+    with torch.no_grad(): assert model(torch.rand(1, 3, 64, 64, generator=torch_rng('picture', 0))).fused().isfinite().all()
     assert read_config(tmp_path/'run/config.yaml', type(cfg)).ema == ema
 
 
