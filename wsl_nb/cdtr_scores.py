@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'GRID', 'SCORES', 'DELTAS', 'WORDS', 'kinds_of', 'score_map', 'Squashed', 'eval_transform', 'truth_of',
-           'tau_of', 'thresholds_for', 'empty_counts', 'count_image', 'count_split', 'how_made', 'score_rows',
-           'evaluate_protocols', 'evaluate', 'evaluate_all', 'choose_taus']
+           'has_boxes', 'tau_of', 'thresholds_for', 'empty_counts', 'count_image', 'count_split', 'how_made',
+           'score_rows', 'evaluate_protocols', 'evaluate', 'evaluate_all', 'choose_taus']
 
 # %% ../nbs/03c_cdtr_scores.ipynb #22d3304e
 import re, time
@@ -77,6 +77,14 @@ def truth_of(
     own = batch['boxes'][b][batch['box_labels'][b] == found[0]]
     require(len(own), f'{batch["id"][b]} without a box of its class', 'one box at least', 'restore the list of boxes')
     return found[0], own.cpu().numpy()
+
+# %% ../nbs/03c_cdtr_scores.ipynb #16aab278
+def has_boxes(
+    split, # `data.Split`
+) -> bool: # Whether localisation can be scored on it
+    "Whether this split has boxes: of the public layouts one split of a set may have them and another may not."
+    own = getattr(split.source, 'parts', {}).get(split.name)
+    return 'boxes' in split.source.fields and getattr(own, 'boxes', ()) is not None
 
 # %% ../nbs/03c_cdtr_scores.ipynb #ddbf0259
 GRID = np.arange(0, 1, .02) # Thresholds that are tried, share of the map's maximum
@@ -200,7 +208,7 @@ def evaluate_protocols(
 ) -> dict[str, list]: # Name -> `metrics.Result` records
     "Classification and localisation under each protocol, for each kind of map; one pass for each view."
     was, clock, cpu, found = model.training, time.perf_counter(), time.process_time(), {}
-    model.eval(); kinds = kinds or kinds_of(cfg); boxes = 'boxes' in split.source.fields
+    model.eval(); kinds = kinds or kinds_of(cfg); boxes = has_boxes(split)
     for view in dict.fromkeys(p.view for p in chosen.values()):
         names = tuple(n for n, p in chosen.items() if p.view == view)
         wanted = thresholds_for(model, split, cfg, names, kinds) if boxes else {}
@@ -237,11 +245,11 @@ def choose_taus(
     model: CDTR, # Trained
     split, # Not the test split
     cfg: CDTRConfig, # Recipe
-) -> dict[str, float]: # 'protocol kind' -> threshold
+) -> dict[str, float]: # 'protocol kind' -> threshold; empty for a split without boxes
     "The threshold of the best Top-1 Loc on a split, for each protocol and kind of map. Raises: `BadInput` for the test split."
     require(split.name != 'test', 'the split "test"', 'another one: thresholds are chosen where nothing is reported', 'pass val')
     was, found = model.training, {}; model.eval()
-    for view in dict.fromkeys(p.view for p in PROTOCOLS.values()):
+    for view in dict.fromkeys(p.view for p in PROTOCOLS.values() if has_boxes(split)):
         wanted = {(n, k): GRID for n, p in PROTOCOLS.items() if p.view == view for k in kinds_of(cfg)}
         sums, _ = count_split(model, split, cfg, view, wanted)
         found |= {f'{n} {k}': float(GRID[choose_threshold(sums[n, k]['top1_loc'])]) for n, k in wanted}
