@@ -491,6 +491,20 @@ def test_every_image_once_an_epoch_and_the_rest_left_out():
     assert [x for pair in zip(*ranks) for x in pair][:10] == [p for p, _ in zip(Order(22, 2, 2).parts(), range(20))][:10]
 
 
+def test_copies_of_an_image_lie_in_different_passes():
+    "Repeated augmentation on CUB's training images: a pass of 128 shows 128 images, four processes cut an update as four passes of one do, a resumed order goes on where it stopped."
+    cut = lambda n, processes=1, rank=0, draw=0, **k: [p for p, _ in zip(Order(5994, 128, 4 // processes, processes, rank, repeats=3, **k).parts(draw), range(n))]
+    one = cut(88); assert all(len({i for _, i, _ in p}) == len(p) == 128 for p in one)
+    ranks = [cut(22, 4, r) for r in range(4)]; assert [p for update in zip(*ranks) for p in update] == one and sum(([*a, *b] for a, b in zip(*(zip(*[iter(cut(44, 2, r))] * 2) for r in (0, 1)))), []) == one
+    order = Order(5994, 128, 4, repeats=3); first = sum(one[:44], []); assert sorted(first) == sorted(order.epoch(0)[:11 * 512]) and len({i for _, i, _ in first}) == order.distinct == 1878
+    assert cut(8, draw=5) == one[20:28] and cut(4, draw=11) == one[44:48]
+
+
+def test_the_images_of_an_epoch_are_counted_as_they_are_used(tmp_path, capsys):
+    whole(tmp_path/'a', steps=2, warmup=0, repeats=3, batch=4)
+    assert '22 draws an epoch, 7 different images in its updates, 4 an update, 5 updates an epoch, 2 left out' in capsys.readouterr().out
+
+
 def test_idle_parameters_are_left_alone_or_decay(tmp_path):
     start = lm.Linear(prepare('linear', {})[1], 3).late.weight
     for name in ('none', 'zero'): whole(tmp_path/name, steps=3, idle_grad=name, weight_decay=0.1)

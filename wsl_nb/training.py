@@ -170,13 +170,13 @@ def build_model(
     run.sync = GradientMean(run.model, run.say)
     if cfg.compile: run.model.compile()
 
-# %% ../nbs/14_training.ipynb #ea1e8546
+# %% ../nbs/14_training.ipynb #16a86e96
 def order_report(
     run: Setup, # With `order` and `cfg`
 ) -> str: # One line
     "Images, updates and leftovers of an epoch."
     o = run.order
-    distinct = f', {-(-o.images // o.repeats)} of them distinct' if o.repeats > 1 else ''
+    distinct = f', {o.distinct} different images in its updates' if o.repeats > 1 else ''
     return (f'data: {o.images} draws an epoch{distinct}, {o.whole} an update, {o.per_epoch} updates an epoch, '
             f'{o.dropped} left out at its end; {run.cfg.steps} steps')
 

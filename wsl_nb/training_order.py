@@ -80,6 +80,10 @@ class Order:
         "Updates of one epoch."
         return self.images // self.whole
     @property
+    def distinct(self) -> int: # Images
+        "Different images among the draws of one epoch that are used."
+        return -(-self.per_epoch * self.whole // self.repeats)
+    @property
     def dropped(self) -> int: # Images
         "Draws left out at the end of an epoch."
         return self.images - self.per_epoch * self.whole
@@ -95,12 +99,13 @@ class Order:
         draw: int = 0, # Update to begin with, counted over all epochs
     ): # Yields lists of draws, without end
         "This process's passes from a position on."
+        passes = self.processes * self.accumulate
         while True:
             number, first = divmod(draw, self.per_epoch); draws = self.epoch(number)
             for k in range(first, self.per_epoch):
-                for a in range(self.accumulate):
-                    start = k * self.whole + (self.rank * self.accumulate + a) * self.batch
-                    yield draws[start:start + self.batch]
+                update = draws[k * self.whole:(k + 1) * self.whole]
+                for p in range(self.rank * self.accumulate, (self.rank + 1) * self.accumulate):
+                    yield update[p * self.batch:(p + 1) * self.batch] if self.repeats == 1 else update[p::passes] # copies apart
             draw = (number + 1) * self.per_epoch
 
 # %% ../nbs/14b_training_order.ipynb #89a5c2c6
