@@ -190,7 +190,8 @@ def spoken(
     name: str, # As the data set writes it, e.g. 001.Black_footed_Albatross
 ) -> str: # black footed albatross stays in its case
     "A class name as a sentence says it: no number in front, no underscores, the first of several synonyms."
-    return name.split(',')[0].lstrip('0123456789.').replace('_', ' ').strip()
+    number, dot, rest = name.partition('.')
+    return (rest if dot and number.isdigit() else name).split(',')[0].replace('_', ' ').strip()
 
 # %% ../nbs/03_cdtr.ipynb #1a3c21e5
 @functools.lru_cache(1)
