@@ -4,16 +4,20 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from timm.data import create_transform
 
 import parity
 import parity_cdtr
 import reference_cdtr as plain
 from wsl_nb import cdtr, cdtr_base as base, cdtr_weights
 from wsl_nb.cdtr_own import random_clip
-from wsl_nb.core import BadInput, seed_everything, torch_rng
+from wsl_nb.core import BadInput, normalise, rng, seed_everything, torch_rng
+from wsl_nb.data_transforms import crop_box, resize
 from wsl_nb.training_config import autocast
 from wsl_nb.vit_clip import image_features
 
@@ -361,3 +365,58 @@ def test_decay_spares_what_the_released_optimiser_spares():
     spared = {names[id(p)] for p in free['params']}
     assert 'weight_decay' not in decayed and free['weight_decay'] == 0 and {'vit.cls_token', 'vit.pos_embed', 'scale', 'vit.norm.weight', 'head.bias', 'csm.down.1.weight'} <= spared
     assert {n for n, p in ours.named_parameters() if p.ndim > 1} - spared == {names[id(p)] for p in decayed['params']} and len(spared) + len(decayed['params']) == len(names)
+
+
+# --- views -----------------------------------------------------------------------------------------------------------
+
+VIEW = dict(is_training=True, color_jitter=.4, auto_augment='rand-m9-mstd0.5-inc1', interpolation='bicubic', re_prob=.25, re_mode='pixel', re_count=1) # As the released script asks timm
+
+
+def photograph(H, W, key='photograph'):
+    "A smooth picture with edges and noise, raw pixels of 8 bits."
+    coarse = torch.rand(1, 3, 6, 9, generator=torch_rng(key, H, W)); image = F.interpolate(coarse, (H, W), mode='nearest') * .7 + F.interpolate(coarse.flip(1), (H, W), mode='bilinear') * .3
+    return (image[0] * 255).round() / 255
+
+
+@pytest.mark.parametrize('side', [224, 96])
+def test_colours_and_geometry_change_as_in_timm(side):
+    "RandAugment and erasing of timm's own factory, asked as the released script asks, with the same seeds: equal bit for bit."
+    _, changes, last = create_transform(side, separate=True, **VIEW); own, = changes.transforms # RandAugment takes the place of colour jitter
+    assert base.TrainView(side).augment == VIEW['auto_augment'] and base.TrainView(side).erase == VIEW['re_prob']
+    image, moved, erased = photograph(side, side), 0, 0
+    for seed in range(40):
+        with base.borrowed_generators(rng('view', seed)): expected = own(Image.fromarray((image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()))
+        found = base.rand_augment(image, VIEW['auto_augment'], rng('view', seed)); assert torch.equal((found * 255).round(), torch.from_numpy(np.array(expected)).permute(2, 0, 1).float()); moved += not torch.equal(found, image)
+        with base.borrowed_generators(rng('view', seed)): expected = last.transforms[-1](normalise(image))
+        found = base.random_erase(normalise(image), .25, rng('view', seed)); assert torch.equal(found, expected); erased += not torch.equal(found, normalise(image))
+    assert 25 < moved <= 40 and 3 <= erased <= 20
+    near(normalise(image), last.transforms[-2](image))
+
+
+def test_a_training_view_is_crop_mirror_changes_normalisation_erasing_in_this_order():
+    "Step by step from the sample's generator; each step can be left out; the pixels are those of PIL but for rounding."
+    sample = dict(image=photograph(150, 210), label=torch.ones(1)); mirrored = []
+    for seed in range(12):
+        for augment, erase in (('', 0.), (VIEW['auto_augment'], .25), ('', 1.)):
+            g = rng('steps', seed); t, l, h, w = crop_box((150, 210), (.08, 1.), (3 / 4, 4 / 3), g); flip = g.random() < .5; part = sample['image'][:, t:t + h, l:l + w]
+            image = resize(part, (64, 64), 'bicubic'); pil = Image.fromarray((part * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()).resize((64, 64), Image.Resampling.BICUBIC)
+            assert (image - torch.from_numpy(np.array(pil)).permute(2, 0, 1) / 255).abs().max() < 1.5 / 255
+            if flip: image = image.flip(-1)
+            if augment: image = base.rand_augment(image, augment, g)
+            image = normalise(image)
+            if erase: image = base.random_erase(image, erase, g)
+            assert torch.equal(base.TrainView(64, (.08, 1.), augment, erase)(sample, rng('steps', seed))['image'], image)
+        mirrored.append(flip)
+    assert 2 < sum(mirrored) < 10
+
+
+def test_erasing_writes_noise_into_one_rectangle():
+    "Every pixel of it a normal number of its own, between 2 and 33 % of the image, as often as it is asked."
+    image = torch.full((3, 64, 64), 9.); shares, values = [], []
+    for seed in range(60):
+        found = base.random_erase(image, .5, rng('erase', seed)); changed = (found != 9).all(0)
+        if not changed.any(): continue
+        rows, columns = changed.any(1).nonzero(), changed.any(0).nonzero(); assert changed[rows.min():rows.max() + 1, columns.min():columns.max() + 1].all()
+        shares.append(changed.float().mean().item()); values.append(found[:, changed].flatten())
+    values = torch.cat(values); assert 18 < len(shares) < 42 and .015 < min(shares) < max(shares) < .35 and abs(values.mean()) < .05 and abs(values.std() - 1) < .05 and (image == 9).all()
+    assert torch.equal(base.random_erase(image, 0., rng(0)), image)

@@ -214,11 +214,11 @@ def rand_augment(
     how: str, # E.g. 'rand-m9-mstd0.5-inc1'
     generator: np.random.Generator, # Source of the draws
 ) -> Tensor: # Same shape
-    "Image after timm's RandAugment, on 8 bits as there; what moves in from outside has the mean colour."
+    "Image after timm's RandAugment as its own factory sets it up for bicubic views, on 8 bits; what moves in from outside has the mean colour."
     from PIL import Image
     from timm.data.auto_augment import rand_augment_transform
     with borrowed_generators(generator):
-        change = rand_augment_transform(how, dict(translate_const=int(min(image.shape[-2:]) * .45), img_mean=(124, 116, 104)))
+        change = rand_augment_transform(how, dict(translate_const=int(min(image.shape[-2:]) * .45), img_mean=(124, 116, 104), interpolation=Image.Resampling.BICUBIC))
         out = change(Image.fromarray((image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()))
     return torch.from_numpy(np.array(out)).permute(2, 0, 1).float() / 255
 
