@@ -27,7 +27,7 @@ from .training import Run, claim, lr_factor, stage_done, stage_hash
 from .training_checkpoint import checkpoint, load_model, load_weights, read_config, read_weights
 from .training_config import check_config
 from .training_order import world
-from .training_records import note_start, run_seeds, scored_run, table_rows
+from .training_records import check_start, note_start, run_seeds, scored_run, table_rows
 
 # %% ../nbs/04a_affinity_recipe.ipynb #77ccaeaf
 STAGES = ('classifier', 'labels', 'affinity', 'pseudo', 'segment') # In the order in which they run; three train, two write files
@@ -160,9 +160,7 @@ def train(
     "Runs the stages in order, each in its own folder; one that is there with the same hash is not repeated."
     if cfg.layout == 'folder': cfg = replace(cfg, train_split='train')
     check_recipe(cfg, data); out = Path(out)
-    claim(out, cfg, resume); begun = out/'init.json'
-    same = not begun.is_file() or json.loads(begun.read_text())['sha256'] == file_hash(cfg.init)
-    require(same, f'{cfg.init}, which is not the file that this run began with', f'the file whose SHA-256 is in {begun}', 'restore it, or start in a new folder')
+    claim(out, cfg, resume); check_start(out, cfg.init)
     if not cfg.init and cfg.layout != 'embedded': print('no --init: the backbone starts from random weights; the recipe starts from an ImageNet ResNet')
     if cfg.init and world()[0] == 0: note_start(out, cfg.init)
     images, clock = data.split(cfg.train_split, ('image', 'label')), time.perf_counter()
