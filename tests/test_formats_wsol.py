@@ -1,5 +1,5 @@
 "CUB, WSOL lists and ILSVRC: the exported farm read back, each planted fault named, truth that nobody can edit, parts that are missing."
-import pickle, shutil
+import pickle, re, shutil
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +134,9 @@ def ilsvrc_plants(root):
         size=(lambda: smaller(image), 'differs from the image (metadata/test', name),
         v2=(lambda: smaller(v2), 'differs from the image (val/image_sizes.txt', v2.name),
         v2_image=(v2.unlink, 'image missing', v2.name),
+        v2_class=(lambda: change(note('class_labels', 'val'), 2, f'{line(note("image_ids", "val"), 2)},8'), 'other words', 'class 8 of 8'),
+        test_class=(lambda: change(note('class_labels'), 2, f'{line(note("image_ids"), 2)},8'), 'other words', 'class 8 of 8'),
+        partial=((root/'synsets.txt').unlink, 'no file names them (val/class_labels.txt', '8 class folders of 1000'),
         class_=(lambda: change(one, 3, ' '.join([path, str(other), *box])), 'contradicts the folder (val_boxes.txt', 'line 3'),
         lists=(lambda: change(one, 3, ' '.join([name, str(other), *box])), 'two lists differ', name),
         range=(lambda: change(one, 3, ' '.join([path, '8', *box])), 'other words', 'line 3'),
@@ -149,7 +152,7 @@ def ilsvrc_plants(root):
 PLANTS = dict(cub=cub_plants, wsol=wsol_plants, ilsvrc=ilsvrc_plants)
 NAMES = dict(cub=('image jpeg extra table no_boxes no_class no_split no_box stray twice file_twice class_ class_range word split number nan short empty negative outside shrunk leaves classes').split(),
              wsol=('image all_images jpeg extra size table no_ids twice endings class_twice no_class no_size no_box stray class_ half negative word zero leaves empty outside edge shared classes').split(),
-             ilsvrc=('image jpeg train untrue copy folder strange hollow size v2 v2_image class_ lists range word several twice empty outside unnamed synsets').split())
+             ilsvrc=('image jpeg train untrue copy folder strange hollow size v2 v2_image v2_class test_class partial class_ lists range word several twice empty outside unnamed synsets').split())
 
 
 @pytest.mark.parametrize('layout, fault', [(layout, fault) for layout, faults in NAMES.items() for fault in faults])
@@ -162,7 +165,7 @@ def test_faults_are_named(copy, layout, fault):
 
 @pytest.mark.parametrize('layout, fault', [('cub', f) for f in 'table no_class no_split no_box stray twice file_twice class_ class_range word split number nan short empty negative leaves classes'.split()]
                          + [('wsol', f) for f in 'table no_ids twice endings no_class no_size no_box stray class_ half negative zero leaves empty outside edge shared classes'.split()]
-                         + [('ilsvrc', f) for f in 'copy folder unnamed synsets'.split()])
+                         + [('ilsvrc', f) for f in 'copy folder v2_class test_class partial unnamed synsets'.split()])
 def test_faults_of_lists_stop_the_reader(copy, layout, fault):
     "What would give wrong labels or boxes is an error that names file or line, though no image was opened."
     root = copy(layout); plant, _, name = PLANTS[layout](root)[fault]; plant()
@@ -397,6 +400,30 @@ def test_a_split_without_files_does_not_exist_and_it_is_said(copy, capsys, gone,
     for name in gone: shutil.rmtree(root/name)
     data = open_set(root, 'ilsvrc'); assert list(data.splits) == splits and said in capsys.readouterr().out
     with pytest.raises(BadInput, match='split'): data.split(next(s for s in ('train', 'val', 'test', 'trainval') if s not in splits), ('image',))
+
+
+@pytest.mark.parametrize('count', (3, 5))
+def test_numbers_of_classes_are_not_read_as_those_of_the_folders_at_hand(copy, count):
+    "A part of the class folders and no file of names: number 2 of a list is not the third folder. With the file, or without lists of numbers, the set opens."
+    root = copy('ilsvrc'); names = (root/'synsets.txt').read_text(); (root/'synsets.txt').unlink(); shutil.rmtree(root/'metadata'/'test')
+    for folder in sorted((root/'train').iterdir())[count:]: shutil.rmtree(folder)
+    shutil.rmtree(root/'list')
+    with pytest.raises(BadInput, match=f'{count} class folders of 1000') as e: open_set(root, 'ilsvrc')
+    assert 'synsets.txt' in e.value.cure and any(f'{count} class folders' in f.what for f in check(root, 'ilsvrc'))
+    (root/'synsets.txt').write_text(names); assert len(open_set(root, 'ilsvrc').splits['val']) == 8
+    (root/'synsets.txt').unlink(); shutil.rmtree(root/'metadata'); assert len(open_set(root, 'ilsvrc').classes) == count
+
+
+@pytest.mark.parametrize('layout', LOCATED)
+def test_the_fingerprint_covers_boxes_and_sizes(copy, layout):
+    "A box that moves by a pixel, a size that is stated otherwise and a class that is named otherwise are another set, though files and ids are the same."
+    root = copy(layout); fresh = lambda: open_set(root, layout); before = fresh(); assert fresh().hash == before.hash
+    seen = {before.hash}; boxes = dict(cub='bounding_boxes.txt', wsol='metadata/test/localization.txt', ilsvrc='metadata/test/localization.txt')[layout]
+    edits = [(boxes, r'\d+(\.0)?$', lambda hit: str(int(float(hit[0])) - 1))] + [('metadata/test/image_sizes.txt', r'\d+$', lambda hit: str(int(hit[0]) + 1))] * (layout != 'cub')
+    edits += [(dict(wsol='classes.txt', ilsvrc='synsets.txt').get(layout), r'\w+$', lambda hit: hit[0] + 's')] * (layout != 'cub') # a name of CUB is that of its folder
+    for k, (file, pattern, by) in enumerate(edits):
+        change(root/file, 1, re.sub(pattern, by, line(root/file, 1))); after = fresh(); seen.add(after.hash)
+        assert len(seen) == k + 2 and after.splits == before.splits, file
 
 
 def test_images_without_a_box_are_left_out_and_counted(copy, capsys):

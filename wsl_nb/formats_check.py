@@ -93,6 +93,7 @@ CURES |= dict(
     shared=('broken', 'image in two splits', 'take it off one list, or scores are measured on images that were used before'),
     wnid=('surplus', 'folder that is no class', 'give it the wnid of a class (n and eight digits), or move it away'),
     untrue=('missing', 'image without a box', 'restore the list of boxes, or remove these files'),
+    partial=('broken', 'class numbers, but the folders at hand are not all classes and no file names them', 'put synsets.txt with all classes beside train and val'),
 ) # Those of CUB, WSOL lists and ILSVRC
 
 # %% ../nbs/18a_formats_check.ipynb #5cb28281

@@ -143,7 +143,7 @@ def set_of(
     parts: dict, # Split -> `Part`; empty ones are left out
     extra, # Anything else that the fingerprint depends on
 ) -> Set: # Ready for `split`
-    "The set of these splits; its fingerprint covers classes, ids, truth and the files' sizes in bytes."
+    "The set of these splits; its fingerprint covers classes, ids, truth, and in `extra` the files' sizes in bytes (of ILSVRC's training images nothing but the names)."
     parts = {split: p for split, p in parts.items() if p.ids}
     told = {split: [p.ids, p.kinds, p.boxes and [b.tolist() for b in p.boxes], p.sizes] for split, p in parts.items()}
     return Set(name, layout, str(root), classes, {split: p.ids for split, p in parts.items()}, text_hash([classes, told, extra]), WsolSource(parts, len(classes)))
