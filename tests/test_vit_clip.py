@@ -2,8 +2,10 @@
 import json, os, pickle, subprocess, sys, warnings, zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from wsl_nb import core, vit_clip
@@ -129,6 +131,15 @@ def test_a_name_is_looked_up_in_open_clip_and_decides_the_activation(small, tmp_
     assert not any(p.requires_grad for p in quick.parameters()) and not quick.training
 
 
+def test_the_notes_in_an_openai_state_dict_tell_its_activation(small, tmp_path):
+    "A plain file of a name that says nothing: with OpenAI's three notes it is QuickGELU, without them GELU."
+    notes = {k: torch.tensor(v) for k, v in dict(input_resolution=64, context_length=77, vocab_size=49408).items()}; want = small.encode_image(pixels())
+    for extra, word, same in ((notes, 'holds input_resolution', True), ({}, 'nothing tells', False)):
+        torch.save(small.state_dict() | extra, tmp_path/'w.pt'); said = []; clip = vit_clip.load_clip(SMALL, tmp_path/'w.pt', say=said.append)
+        assert word in said[0] and torch.allclose(clip.encode_image(pixels()), want, atol=1e-6) == same
+    assert vit_clip.choose_activation('ViT-B-32', 'w.pt', notes, 'state dict')[0] and not vit_clip.choose_activation('ViT-B-32', 'w.pt', {}, 'state dict')[0]
+
+
 @pytest.mark.slow
 def test_the_real_vit_b_32_has_302_tensors(tmp_path):
     import open_clip
@@ -148,6 +159,18 @@ def test_gradients_reach_the_pixels_and_no_weight(small, written):
     step = torch.zeros_like(image); step[0, 1, 20, 30] = 1e-2
     with torch.no_grad(): slope = (vit_clip.image_features(clip, image + step) - vit_clip.image_features(clip, image - step))[0, 0] / 2e-2
     assert abs(slope - image.grad[0, 1, 20, 30]) < .05 * abs(slope) + 1e-6
+
+
+@pytest.mark.parametrize('size', ((190, 230), (64, 200), (40, 50)))
+def test_pictures_are_resized_as_pillow_does_it(size):
+    "Bicubic and smoothed before it shrinks: without that, fine noise stays as strong as it was."
+    class Keeps:
+        "A CLIP that hands out the pixels it is given."
+        side, positional_embedding = 32, torch.zeros(1)
+        def encode_image(self, x): return x.flatten(1)
+    image = torch.rand(1, 3, *size, generator=torch_rng('noise', *size)); small = [Image.fromarray(c.numpy()).resize((32, 32), Image.Resampling.BICUBIC) for c in image[0]]
+    wanted = torch.stack([torch.from_numpy(np.array(c)) for c in small]).flatten()
+    torch.testing.assert_close(vit_clip.image_features(Keeps(), image)[0], wanted / wanted.norm(), atol=1e-4, rtol=0)
 
 
 def test_another_size_leaves_the_positions_alone(written):
