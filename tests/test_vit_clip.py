@@ -259,6 +259,16 @@ def test_training_opens_pictures_and_captions_only(monkeypatch, tmp_path):
     assert {f for split, f in opened if split == 'train'} == {'image', 'captions'} and {s for s, _ in opened} == {'train', 'val'}
 
 
+def test_the_shipped_clip_has_seen_the_training_images_of_the_lessons_and_none_of_their_test_images():
+    "What the pages say about claims with CLIP: its pictures of one object are those that CDTR's small recipe trains on, not those it is scored on."
+    from wsl_nb import pretrain_clip
+    from wsl_nb.cdtr_base import LAPTOP
+    from wsl_nb.data import embedded_of
+    cfg = pretrain_clip.CLIP_FARM; objects, data = pretrain_clip.train_split(cfg, pretrain_clip.clip_data(cfg)).parts[1], embedded_of(LAPTOP)
+    assert objects.ids == data.splits['train'] and not {*objects.ids} & {*data.splits['val'], *data.splits['test']} and cfg.crop == LAPTOP.crop
+    seen = objects.sample(5, core.rng(0)); assert torch.equal(seen['image'], core.normalise(data.split('train', ('image',))[5]['image'])) and any(data.classes[int(data.split('train', ('label',))[5]['label'].argmax())] in said for said in seen['captions'])
+
+
 def test_another_seed_is_another_run_and_building_leaves_the_generator_alone(whole, tmp_path):
     from wsl_nb import pretrain_clip
     other = pretrain_clip.train_clip(tiny(seed=1), whole[2], tmp_path / 'run')
