@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'Protocol', 'enlarge', 'polygons_at', 'boxes_at', 'contours_at', 'box_iou', 'protocol_iou', 'crop_frame',
-           'crop_boxes', 'squash_boxes', 'count_hits', 'add_hits', 'loc_curves', 'loc_scores', 'choose_threshold',
-           'threshold_inflation', 'box_hits', 'max_box_acc', 'ignored_mask', 'pixel_counts', 'pxap', 'loc_row']
+           'crop_boxes', 'squash_boxes', 'truth_under', 'count_hits', 'add_hits', 'loc_curves', 'loc_scores',
+           'choose_threshold', 'threshold_inflation', 'box_hits', 'max_box_acc', 'ignored_mask', 'pixel_counts', 'pxap',
+           'loc_row']
 
 # %% ../nbs/11a_boxes.ipynb #ebf5df34
 from collections.abc import Sequence
@@ -30,12 +31,13 @@ class Protocol:
     top5_box: str # Top-5 Loc looks at the box of the 'predicted' class, or at the 'target' class's own
     known: str # Which score the authors print as GT-known: 'loc_predicted_class' or 'gt_known'
     view: str # Image that the network sees: 'crop' (short side, centre cut) or 'squash' (whole, to a square)
+    truth: str = 'edges' # True boxes in the view: 'edges' (half-open), 'last_pixels' (inclusive corners, scaled), 'last_pixels_whole' (and cut to whole numbers)
 
 # %% ../nbs/11a_boxes.ipynb #4ab33fd7
 PROTOCOLS = dict(
-    cdtr=Protocol('minmax_bilinear', (0, 0, 1, 1), False, False, 'first', '>=', '>=', 'predicted', 'loc_predicted_class', 'crop'),
-    tscam=Protocol('bilinear_minmax', (0, 0, 1, 1), True, False, 'all', '>', '>=', 'target', 'gt_known', 'squash'),
-    wsol=Protocol('bicubic_minmax', (0, 0, 0, 0), True, True, 'all', '>=', '>=', 'target', 'gt_known', 'squash')) # The published ones
+    cdtr=Protocol('minmax_bilinear', (0, 0, 1, 1), False, False, 'first', '>=', '>=', 'predicted', 'loc_predicted_class', 'crop', 'edges'),
+    tscam=Protocol('bilinear_minmax', (0, 0, 1, 1), True, False, 'all', '>', '>=', 'target', 'gt_known', 'squash', 'last_pixels'),
+    wsol=Protocol('bicubic_minmax', (0, 0, 0, 0), True, True, 'all', '>=', '>=', 'target', 'gt_known', 'squash', 'last_pixels_whole')) # The published ones
 
 # %% ../nbs/11a_boxes.ipynb #113c0fe2
 def _array(values, dtype=None) -> np.ndarray:
@@ -227,7 +229,7 @@ def box_iou(
 # %% ../nbs/11a_boxes.ipynb #0b6c74c9
 def protocol_iou(
     boxes: Tensor | np.ndarray, # Predicted, xyxy half-open, (T,4)
-    truth: Tensor | np.ndarray, # True boxes in pixels of the view, xyxy, (n,4)
+    truth: Tensor | np.ndarray, # True boxes in pixels of the view, xyxy, as `truth_under` gives them, (n,4)
     size: tuple[int, int], # (H,W) of the view
     protocol: Protocol | str = 'cdtr', # Or one of `PROTOCOLS` by name
 ) -> np.ndarray: # float64 (T,)
@@ -284,6 +286,22 @@ def squash_boxes(
     sy, sx = view[0] / size[0], view[1] / size[1]
     return (_array(boxes, np.float64).reshape(-1, 4) * [sx, sy, sx, sy]).astype(np.float32)
 
+# %% ../nbs/11a_boxes.ipynb #a7428357
+def truth_under(
+    boxes: Tensor | np.ndarray, # True boxes in pixels of the image, xyxy half-open, (n,4)
+    size: tuple[int, int], # Image (H,W)
+    view: tuple[int, int] = (224, 224), # (H,W) of the squashed image
+    protocol: Protocol | str = 'wsol', # Or one of `PROTOCOLS` by name
+) -> np.ndarray: # float32 (n,4), corners as the IoU of the protocol reads them
+    "True boxes of an image as a protocol has them in a squashed view. Raises: `BadInput` for an unknown reading."
+    kind, kinds = _protocol(protocol).truth, ('edges', 'last_pixels', 'last_pixels_whole')
+    require(kind in kinds, f'truth "{kind}"', f'one of {", ".join(kinds)}', 'check the name')
+    if kind == 'edges': return squash_boxes(boxes, size, view)
+    corners = _array(boxes, np.float64).reshape(-1, 4) - [0, 0, 1, 1]
+    corners[:, 2:] = np.maximum(corners[:, 2:], corners[:, :2]) # a box below one pixel keeps its first
+    scaled = corners * ([view[1], view[0]] * 2) / ([size[1], size[0]] * 2)
+    return (np.trunc(scaled) if kind == 'last_pixels_whole' else scaled).astype(np.float32)
+
 # %% ../nbs/11a_boxes.ipynb #874d3fb7
 def _measured(logits, maps, target: int, truth, size: tuple[int, int], thresholds, protocol: Protocol) -> tuple:
     "Classes by falling logit, and for top class and target their boxes (T,4) and IoU (T,)."
@@ -314,7 +332,7 @@ def count_hits(
     logits: Tensor | np.ndarray, # Scores of the classes, (C,)
     maps: Tensor | np.ndarray, # One map a class, (C,h,w), or (h,w) for all classes; any device, two are read
     target: int, # True class, 0-based
-    truth: Tensor | np.ndarray, # True boxes in pixels of the view, xyxy, (n,4)
+    truth: Tensor | np.ndarray, # True boxes in pixels of the view, xyxy, as `truth_under` gives them, (n,4)
     size: tuple[int, int], # (H,W) of the view
     thresholds: Sequence[float], # Ascending in [0,1), (T,)
     protocol: Protocol | str = 'cdtr', # Or one of `PROTOCOLS` by name
@@ -386,7 +404,7 @@ def threshold_inflation(
 # %% ../nbs/11a_boxes.ipynb #93ffdd74
 def box_hits(
     map: Tensor | np.ndarray, # Map of the true class, (h,w)
-    truth: Tensor | np.ndarray, # True boxes in pixels of the view, xyxy, (n,4)
+    truth: Tensor | np.ndarray, # True boxes in pixels of the view, xyxy, as `truth_under` gives them, (n,4)
     size: tuple[int, int], # (H,W) of the view
     thresholds: Sequence[float], # Ascending in [0,1), (T,); the published ones are 0, 0.001 … 0.999
     contours: str = 'all', # 'largest' (V1) or 'all' (V2)
@@ -455,7 +473,7 @@ def loc_row(
     logits: Tensor | np.ndarray, # Scores of the classes, (C,)
     maps: Tensor | np.ndarray, # One map a class, (C,h,w), or (h,w) for all classes
     target: int, # True class, 0-based
-    truth: Tensor | np.ndarray, # True boxes in pixels of the view, xyxy, (n,4)
+    truth: Tensor | np.ndarray, # True boxes in pixels of the view, xyxy, as `truth_under` gives them, (n,4)
     size: tuple[int, int], # (H,W) of the view
     threshold: float, # The chosen one
     protocol: Protocol | str = 'cdtr', # Or one of `PROTOCOLS` by name

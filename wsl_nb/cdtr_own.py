@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .boxes import PROTOCOLS, Protocol, boxes_at, choose_threshold, loc_curves, loc_row
+from .boxes import PROTOCOLS, Protocol, boxes_at, choose_threshold, enlarge, loc_curves, loc_row
 from .cdtr import CDTR, groups, losses, spoken, total
 from .cdtr_base import PRESETS, CDTRConfig, preset_name
 from .cdtr_scores import GRID, SCORES, WORDS, count_split, eval_transform, kinds_of, score_map, tau_of, truth_of
@@ -85,7 +85,7 @@ def loc_rows(
         logits, size = maps.tokens.float().mean((2, 3)).cpu(), tuple(batch['image'].shape[-2:])
         scores = {k: score_map(maps, k).float().cpu().numpy() for k in kinds}
         for b, name in enumerate(batch['id']):
-            row = loc_row(logits[b], scores[kinds[-1]][b], *truth_of(batch, b), size, tau, protocol)
+            row = loc_row(logits[b], scores[kinds[-1]][b], *truth_of(batch, b, protocol), size, tau, protocol)
             own = {k: m[b] if m.ndim == 3 else m[b, row['predicted']] for k, m in scores.items()}
             yield dict(id=name, **{f'{k}_class': split.classes[row[k]] for k in ('predicted', 'target')}, **row), denormalise(batch['image'][b].cpu()).clamp(0, 1), own
 
@@ -96,11 +96,14 @@ def draw_verdict(
     maps: dict, # Kind -> map of the predicted class (h,w); the last one is scored
     protocol: Protocol, # How maps become boxes
 ): # Figure: one row of panels
-    "The image with its true boxes, each map with its contour and box, and IoU over all thresholds."
+    "The image with its true boxes, each map with its contour and box, and IoU over all thresholds, all as the protocol measures them: inclusive corners are drawn to the far edge of their pixel, and only true boxes that count are shown."
     from wsl_nb.widgets_cdtr import draw_localisation
-    taus = sorted({*GRID.tolist(), row['threshold']}); boxes = [boxes_at(m, tuple(row['size']), taus, protocol) for m in maps.values()]
+    size, far = tuple(row['size']), np.array([0, 0, 1, 1]) * protocol.plus_one
+    taus = sorted({*GRID.tolist(), row['threshold']}); boxes = np.stack([boxes_at(m, size, taus, protocol) for m in maps.values()]).astype(float)
+    if protocol.clip: boxes = np.minimum(boxes, np.array([size[1], size[0]] * 2) - 1)
+    shown = [m if protocol.enlarge == 'minmax_bilinear' else enlarge(m, size, protocol.enlarge) for m in maps.values()] # draw_localisation enlarges by that rule
     what = spoken(row['target_class']) + ('' if row['cls1'] else f'\ntaken for {spoken(row["predicted_class"])}') + f'\nTop-1 Loc: {"right" if row["top1_loc"] else "wrong"}'
-    return draw_localisation(image, list(maps.values()), list(maps), np.stack(boxes), np.array(row['truth']), taus, row['threshold'], what)
+    return draw_localisation(image, shown, list(maps), boxes + far, np.array(row['truth'])[:1 if protocol.truths == 'first' else None] + far, taus, row['threshold'], what)
 
 # %% ../nbs/03f_cdtr_own.ipynb #d3c10b95
 def draw_thresholds(
