@@ -54,7 +54,7 @@ def wnids_of(root):
     return ilsvrc_classes(root)
 
 
-SETS = dict(coco=(coco_to_learn_from, ['--preset', 'CUB', '--layout', 'wsol'], ['--boxes', 'half-open']), imagenet=(imagenet_to_learn_from, ['--preset', 'ILSVRC'], [])) # How to make it, words of train, words about the folder
+SETS = dict(coco=(coco_to_learn_from, ['--preset', 'CUB', '--layout', 'wsol', '--eval_split', ''], ['--boxes', 'half-open']), imagenet=(imagenet_to_learn_from, ['--preset', 'ILSVRC'], [])) # How to make it, words of train, words about the folder
 
 
 @pytest.mark.slow
@@ -84,7 +84,7 @@ def test_one_step_with_clip_from_a_file(data_root, tmp_path, capsys):
     "CLIP ViT-B/32 with random weights, written to a file and read as a released one would be: prompts, six losses, one update; CLIP does not change."
     root, _ = coco_to_learn_from(data_root, tmp_path); file, table = tmp_path/'ViT-B-32.safetensors', []; torch.manual_seed(0)
     save_file({k: v.contiguous() for k, v in cdtr_own.random_clip(CUB.clip_model).state_dict().items()}, file); before, out = file_hash(file), tmp_path/'run'
-    text = finished(tmp_path, table, 'train, 1 step with CLIP ViT-B/32', 'train', 'cdtr', '--preset', 'CUB', '--layout', 'wsol', '--data', root, '--boxes', 'half-open', '--train_split', 'train', '--clip_file', file, '--out', out, '--batch', '2', '--accumulate', '1', '--epochs', '0', '--steps', '1', '--schedule', 'constant', '--precision', 'fp32', '--log_every', '1')
+    text = finished(tmp_path, table, 'train, 1 step with CLIP ViT-B/32', 'train', 'cdtr', '--preset', 'CUB', '--layout', 'wsol', '--data', root, '--boxes', 'half-open', '--train_split', 'train', '--eval_split', '', '--clip_file', file, '--out', out, '--batch', '2', '--accumulate', '1', '--epochs', '0', '--steps', '1', '--schedule', 'constant', '--precision', 'fp32', '--log_every', '1')
     assert 'ViT-B-32.safetensors: 302 tensors' in text and file_hash(file) == before
     line, = (l for l in read_log(out) if 'terms' in l); assert set(line['terms']) == TERMS | {'sba'} and line['weights']['sba'] == 2.4 and 0 < line['terms']['sba'] < 9.3 # random towers: the clamp at 1e-4 may hold
     print(f'\n  {table[0][0]:32} {table[0][1]:7.1f} s   {table[0][2]}')
