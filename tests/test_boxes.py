@@ -256,6 +256,30 @@ def test_the_centre_cut_is_that_of_torchvision_and_the_box_stays_on_its_object(s
     assert (CentreCrop(48, 40)(sample)['boxes'] == out['boxes']).all()
 
 
+@pytest.mark.parametrize('size, factor', [((48, 97), 1), ((101, 48), 1), ((24, 41), 2), ((53, 24), 2)])
+def test_the_centre_cut_moves_masks_with_the_image_to_the_pixel(size, factor):
+    "An image that is its own mask: not resized at all (any pixels), or twice as large (a rectangle)."
+    from wsl_nb.core import denormalise
+    from wsl_nb.data_transforms import CentreCrop
+    mask = torch.from_numpy(rng('mask', *size).integers(0, 2, size).astype(np.uint8)) if factor == 1 else torch.zeros(size, dtype=torch.uint8)
+    if factor == 2: mask[size[0] // 2 - 5:size[0] // 2 + 3, size[1] // 2 - 6:size[1] // 2 + 7] = 1
+    out = CentreCrop(48, 40)(dict(image=mask.float().repeat(3, 1, 1), mask=mask, part=mask, context=mask))
+    assert all((out[k] == (denormalise(out['image'])[0] > .5)).all() for k in ('mask', 'part', 'context')) and 0 < out['mask'].sum() < 1600
+
+
+def test_squashed_boxes_written_out():
+    "Width goes with x, height with y; an image that is wider than high, in a view that is higher than wide."
+    assert bx.squash_boxes([[30, 10, 60, 25], [0, 0, 150, 50]], (50, 150), (100, 75)).tolist() == [[15, 20, 30, 50], [0, 0, 75, 100]]
+
+
+@pytest.mark.parametrize('name', bx.PROTOCOLS)
+def test_an_object_that_is_found_to_the_pixel(name):
+    "Image and view of one size. CDTR compares edges: IoU 1. The squashed protocols compare the last pixel of the truth with the far edge of their own box, which is one pixel more."
+    m = np.zeros((40, 40)); m[8:23, 5:31] = 1; truth = bx.truth_under([[5, 8, 31, 23]], (40, 40), (40, 40), name); iou = bx.protocol_iou(bx.boxes_at(m, (40, 40), [.5], name), truth, (40, 40), name)[0]
+    assert truth.tolist() == [[5, 8, 31, 23] if name == 'cdtr' else [5, 8, 30, 22]]
+    assert iou == (1 if name == 'cdtr' else pytest.approx(26 * 15 / (27 * 16)))
+
+
 def test_a_second_pass_sees_the_same_truth():
     "Incident: a reader that edits its stored box returns a wrong one the second time."
     box = np.array([[10., 20, 110, 90]]); first = bx.crop_boxes(box, (120, 160)), bx.squash_boxes(box, (120, 160))
