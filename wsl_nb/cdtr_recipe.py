@@ -52,8 +52,8 @@ def check_recipe(
     require(cfg.crop >= 2 * cfg.patch, f'crop {cfg.crop} with patches of {cfg.patch}', 'two patches a side at least', 'enlarge --crop')
     many = cfg.prompt_index == 'position' and cfg.w_sba and cfg.batch > len(data.classes)
     require(not many, f'batch {cfg.batch} with prompts by position and {len(data.classes)} classes', 'a class for each place in the batch', 'say --prompt_index label, or lower --batch')
-    require(not cfg.epochs or cfg.schedule == 'cosine', f'schedule {cfg.schedule} with {cfg.epochs} epochs', 'cosine, the one schedule that counts epochs', 'say --schedule cosine, or --epochs 0 --steps N')
     check_rates(cfg)
+    require(not cfg.epochs or cfg.schedule == 'cosine', f'schedule {cfg.schedule} with {cfg.epochs} epochs', 'cosine, the one schedule that counts epochs', 'say --schedule cosine, or --epochs 0 --steps N')
 
 # %% ../nbs/03a_cdtr_recipe.ipynb #35d21d8a
 def new_model(
