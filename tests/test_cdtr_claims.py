@@ -148,6 +148,17 @@ def test_modules_tell_their_scales_and_offsets(tmp_path):
     assert found['offsets of SKI in cells'] == pytest.approx(5 / 9) and found['deviation of the offsets over cells'] == pytest.approx(0., abs=1e-6)
 
 
+def test_measures_are_read_back_for_the_same_weights_thresholds_and_recipe_only(tmp_path):
+    "A run that goes on, or chooses another threshold, is measured anew; so is a file that does not say what it belongs to."
+    variants.run_variants(tmp_path, ('CATR',), (0,), quiet, **TINY | dict(data_eval=8)); run = tmp_path/'CATR'/'seed0'; file = run/'measures.json'; first = variants.measure_run(run)
+    kept = json.loads(file.read_text()); assert kept['measures'] == first and set(kept['of']) == {'weights', 'taus', 'recipe'}
+    mark = lambda **of: file.write_text(json.dumps(dict(of=kept['of'] | of, measures={'read back': 1.})))
+    mark(); assert variants.measure_run(run) == {'read back': 1.}
+    for of in (dict(weights='0' * 16), dict(recipe='0' * 16), dict(taus={})): mark(**of); assert variants.measure_run(run) == first, of
+    file.write_text(json.dumps({'read back': 1.})); assert variants.measure_run(run) == first
+    mark(); taus = json.loads((run/'taus.json').read_text()); taus['taus']['cdtr fused'] = .77; (run/'taus.json').write_text(json.dumps(taus)); assert variants.measure_run(run) != {'read back': 1.}
+
+
 # --- verdicts --------------------------------------------------------------------------------------------------------
 
 FEW, POSITION = 'CATR, a third of the images', 'CDTR, prompts by position'
@@ -207,6 +218,13 @@ def test_every_rule_gives_every_verdict(even, claim, at, verdict):
     assert found['claim'] == claim.claim and found['rule'] == claim.rule and found['measured'] and all(len(v) == 3 for v in found['measured'].values())
 
 
+def test_one_rule_says_what_fewer_images_cost():
+    "The verdict of claim 6b and the answer of 03g_cdtr_plumbing are one function."
+    assert [claims.what_falls(case['CATR'], case[FEW]) for case in CASES['6b']] == ['classification', 'undecided', 'nothing in classification']
+    assert claims.what_falls(scores(eighty, ninety, eighty), scores([70.] * 3, [75.] * 3, eighty)) == 'localisation too'
+    assert claims.what_falls(scores(eighty, ninety, eighty), scores([79.9, 60., 80.], ninety, eighty)) == 'undecided' # not in every seed
+
+
 def test_a_missing_variant_decides_nothing_and_is_named(even):
     for c in claims.CLAIMS:
         found = claims.judged(c, {v: n for v, n in even.items() if v != c.needs[-1]})
@@ -230,7 +248,7 @@ def test_a_sampler_that_is_not_told_the_epoch_deals_the_same_third():
 
 def test_a_rate_below_its_floor_is_refused_before_anything_is_made(tmp_path):
     low = replace(CUB, lr=5e-5 * 32 / 512); rates = epoch_rates(50, low.lr); assert rates == sorted(rates) and rates[-1] > 3 * low.lr
-    cfg = replace(LAPTOP_CATR, **TINY | dict(steps=0, epochs=1, lr=5e-5 * 32 / 512))
+    cfg = replace(LAPTOP_CATR, **TINY | dict(steps=0, epochs=1, schedule='cosine', lr=5e-5 * 32 / 512))
     with pytest.raises(BadInput, match='under its floor'): cdtr_recipe.train(cfg, embedded_of(cfg), tmp_path/'run')
     assert not (tmp_path/'run').exists()
     check_rates(replace(cfg, lr_min=cfg.lr)), check_rates(replace(cfg, lr=1e-5)), check_rates(replace(cfg, epochs=0, steps=3))

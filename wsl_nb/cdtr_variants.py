@@ -9,7 +9,7 @@ __all__ = ['SEEDS', 'EVERY_CLASS', 'VARIANTS', 'recipe', 'differences', 'train_v
 
 # %% ../nbs/03h_cdtr_variants.ipynb #1e493696
 import json
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +23,7 @@ from .boxes import PROTOCOLS, box_iou, boxes_at, count_hits, enlarge, threshold_
 from .cdtr import CDTR, scaled
 from .cdtr_base import LAPTOP_CATR, PRESETS, CDTRConfig
 from .cdtr_scores import GRID, eval_transform, evaluate_all, kinds_of, score_map, tau_of, truth_of
-from .core import atomic, require
+from .core import atomic, require, state_hash, text_hash
 from .data import CLASSES, embedded, embedded_of
 from .metrics import read_results
 from .training import each_once
@@ -157,7 +157,7 @@ def measure_two(
     split, # Images with one or more objects, boxes and masks
     cfg: CDTRConfig, # Recipe
 ) -> dict[str, float]: # Name -> mean over both classes of the images with two
-    "Whether the map of a class lies on the object of that class when another one is there too. Raises: `BadInput` without such images."
+    "Whether the map of a class lies on the object of that class when another one is there too; the threshold is that of the centre crop. Raises: `BadInput` without such images."
     kinds, rows = kinds_of(cfg), []
     taus = {k: tau_of(model, split, cfg, 'cdtr', k)[0] for k in kinds}
     for batch, maps in looks(model, split, cfg, ('mask', 'boxes')):
@@ -229,7 +229,7 @@ def measure_protocols(
     split, # `data.Split` with boxes
     cfg: CDTRConfig, # Recipe
 ) -> dict[str, float]: # In %
-    "The same maps, the same threshold, three sets of rules; and how much of a box is object, how much of the object in the box."
+    "The same maps, three sets of rules at one threshold, the one chosen on the centre crop for those of CDTR; and how much of a box is object, how much of the object in the box."
     kind, rows = kinds_of(cfg)[-1], []
     tau = tau_of(model, split, cfg, 'cdtr', kind)[0]
     for batch, maps in looks(model, split, cfg, ('boxes',)):
@@ -237,7 +237,7 @@ def measure_protocols(
         for b in range(len(logits)):
             target, truth = truth_of(batch, b); size, row = tuple(batch['image'].shape[-2:]), {}
             for name, p in PROTOCOLS.items():
-                hits = count_hits(logits[b], scores[b], target, truth, size, [tau], p); row |= {f'Top-1 Loc by the rules of {name}': hits['top1_loc'][0], f'GT-known as {name} prints it': hits[p.known][0]}
+                hits = count_hits(logits[b], scores[b], *truth_of(batch, b, p), size, [tau], p); row |= {f'Top-1 Loc by the rules of {name}': hits['top1_loc'][0], f'GT-known as {name} prints it': hits[p.known][0]}
             box, true = boxes_at(own_map(maps, kind, b, target).cpu(), size, [tau], 'cdtr')[0], truth[0]
             both = np.maximum(np.minimum(box[2:], true[2:]) - np.maximum(box[:2], true[:2]), 0).prod()
             rows.append(row | {'object in the box': both / (box[2:] - box[:2]).prod(), 'box on the object': both / max((true[2:] - true[:2]).prod(), 1e-9)})
@@ -247,14 +247,16 @@ def measure_protocols(
 def measure_run(
     run: str | Path, # Folder of a finished run
 ) -> dict[str, float]: # Name -> number, also in run/measures.json
-    "Everything that is measured in a run beside its scores; read from its folder if it is there."
-    file = Path(run)/'measures.json'
-    if file.exists(): return json.loads(file.read_text())
-    model, cfg = cdtr_recipe.load_run(run, len(CLASSES)); test = embedded_of(cfg).split('test')
+    "Everything that is measured in a run beside its scores; read from its folder if it is there for the same weights, thresholds and recipe, else measured anew."
+    file = Path(run)/'measures.json'; model, cfg = cdtr_recipe.load_run(run, len(CLASSES))
+    of = dict(weights=state_hash(model.state_dict()), taus=model.taus, recipe=text_hash(asdict(cfg)))
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    if kept.get('of') == of: return kept['measures']
+    test = embedded_of(cfg).split('test')
     pairs = embedded('wsss', size=cfg.crop, train=0, val=0, test=cfg.data_eval).split('test')
     found = measure_two(model, pairs, cfg)
     for part in (measure_energy, measure_modules, measure_thresholds, measure_protocols): found |= part(model, test, cfg)
-    with atomic(file) as spare: spare.write_text(json.dumps(found, indent=1) + '\n')
+    with atomic(file) as spare: spare.write_text(json.dumps(dict(of=of, measures=found), indent=1) + '\n')
     return found
 
 # %% ../nbs/03h_cdtr_variants.ipynb #cb96a32b
