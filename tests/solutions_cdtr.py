@@ -17,7 +17,7 @@ def broadcast_gradient(guess, seen): return 2 * (guess - seen.mean(0, keepdim=Tr
 
 
 SOLUTIONS = dict(class_aware=class_aware, area_factor=area_factor, broadcast_gradient=broadcast_gradient)
-HINTS = dict(class_aware='; take the mean of the map on each object, and the share of the first', area_factor='; the loss of 128 images is a sum over 128', broadcast_gradient='; the target is the same for every image, and the mean runs over all numbers of the map')
+HINTS = dict(class_aware='; take the mean of the map where mask == k + 1, and where mask == other + 1, and the share of the first', area_factor='; the loss of 128 images is a sum over 128', broadcast_gradient='; the target is the same for every image, and the mean runs over all numbers of the map')
 
 
 def verdict(function, *given): return SHARED['verdict'](SOLUTIONS, HINTS, function, *given)
