@@ -4,7 +4,7 @@ import time
 import cv2
 import numpy as np
 
-from bench import Row, alternate, timed_row
+from bench import alternate, timed_row
 from wsl_nb.boxes import boxes_at, enlarge
 from wsl_nb.core import rng
 

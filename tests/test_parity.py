@@ -1,5 +1,5 @@
 "The parity tool: it passes on the golden vectors, on another directory of the format, and it can fail."
-import json, shutil, subprocess, sys
+import json, subprocess, sys
 from pathlib import Path
 
 import pytest

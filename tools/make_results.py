@@ -35,16 +35,22 @@ def scored(cfg, folder):
     return read_results(file)
 
 
+def keep_config(runs, name, out):
+    "The recipe of a variant's first seed beside its record."
+    from wsl_nb.training_ablate import folder_name
+    shutil.copy(runs / folder_name(name) / 'seed0' / 'config.yaml', out / f'config_{name.replace(", ", "_").replace(" ", "_")}.yaml')
+
+
 def ablation(runs, out):
     "LAPTOP with one thing changed."
     from wsl_nb.data import embedded_of
     from wsl_nb import more_recipe
     from wsl_nb.more_base import LAPTOP
-    from wsl_nb.training_ablate import ablate, folder_name
+    from wsl_nb.training_ablate import ablate
     runs = runs / 'ablation'
     ablate(more_recipe, LAPTOP, CHANGED, embedded_of, runs, SEEDS, 'test', 'last', (runs / 'ablation.json').exists(), 'LAPTOP')
     shutil.copy(runs / 'result.json', out)
-    for name in CHANGED: shutil.copy(runs / folder_name(name) / 'seed0' / 'config.yaml', out / f'config_{name.replace(", ", "_").replace(" ", "_")}.yaml')
+    for name in CHANGED: keep_config(runs, name, out)
 
 
 def protocols(runs, out):
@@ -99,7 +105,7 @@ def cdtr_ablation(runs, out, only=()):
     ready = tuple(n for n in VARIANTS if all((runs / folder_name(n) / f'seed{s}' / 'scores.json').exists() for s in SEEDS))
     run_variants(runs, ready, SEEDS)
     shutil.copy(runs / 'result.json', out)
-    for n in ready: shutil.copy(runs / folder_name(n) / 'seed0' / 'config.yaml', out / f'config_{n.replace(", ", "_").replace(" ", "_")}.yaml')
+    for n in ready: keep_config(runs, n, out)
 
 
 def cdtr_demo(runs, out, only=()):
@@ -110,7 +116,7 @@ def cdtr_demo(runs, out, only=()):
     for name in DEMO:
         seeds = [read_results(runs / 'cdtr' / name / f'seed{s}' / 'scores.json') for s in SEEDS]
         rows += [combine(same) for same in zip(*seeds)]
-        shutil.copy(runs / 'cdtr' / name / 'seed0' / 'config.yaml', out / f'config_{name}.yaml')
+        keep_config(runs / 'cdtr', name, out)
     write_results(out / 'result.json', rows)
     kept = {name: {f'seed{s}': json.loads((runs / 'cdtr' / name / f'seed{s}' / 'taus.json').read_text()) for s in SEEDS} for name in DEMO}
     (out / 'taus.json').write_text(json.dumps(kept, indent=1) + '\n', encoding='utf-8')
