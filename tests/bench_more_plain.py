@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 from wsl_nb import crf, more
 from wsl_nb.core import denormalise, torch_rng
-from wsl_nb.maps import three_way_labels
 from wsl_nb.more_base import balanced_cross_entropy, energy_loss, weights
 
 TERMS = ('cls', 'aux', 'mct', 'ptc', 'cre', 'ure', 'seg', 'reg')

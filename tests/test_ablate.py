@@ -1,6 +1,5 @@
 "Ablations: each distinct stage runs once, an interruption repeats nothing, no run writes into the files of another."
 import json, os, shutil, sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 

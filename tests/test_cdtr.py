@@ -340,6 +340,10 @@ def tracked(file):
     return {k.replace('running_mean', 'num_batches_tracked'): torch.tensor(0) for k in file if k.endswith('running_mean')}
 
 
+def test_a_model_without_classes_is_refused():
+    with pytest.raises(BadInput, match='0 classes'): cdtr.CDTR(base.LAPTOP, 0)
+
+
 def test_catr_weights_do_not_go_into_cdtr():
     "The released evaluation loads what fits: a CATR file left CDTR's modules random, without a word."
     catr = replace(TINY, ski=False, w_sba=0.); file = plain.PlainCDTR(CLASSES, TINY.dim, TINY.depth, TINY.heads, TINY.mlp_ratio, TINY.patch, TINY.side, TINY.csm_width, TINY.ocm_blocks, catr=True).state_dict()

@@ -446,6 +446,6 @@ def test_costs_are_measured_and_hours_follow():
     "Seconds of an image and memory; hours from the draws of the recipe; fp16 is timed as fp32 on a CPU."
     cfg = replace(CDTR_TINY, clip_model='farm'); found = cdtr_own.step_cost(replace(cfg, precision='fp16'), batch=2, repeats=1)
     assert (found['preset'], found['batch'], found['crop'], found['phases']) == ('custom', 2, 64, ['all']) and found['seconds'][0] > 0 and found['gigabytes'] > .05 and (found['precision'] == 'fp32' or torch.cuda.is_available())
-    for name, draws in (('CUB', 110 * 5994), ('ILSVRC_OFFICIAL', 14 * 1281167), ('LAPTOP', LAPTOP.steps * LAPTOP.batch)):
+    for name, draws in (('CUB', 110 * 5400), ('CUB_OFFICIAL', 110 * 5994), ('ILSVRC_OFFICIAL', 14 * 1281167), ('LAPTOP', LAPTOP.steps * LAPTOP.batch)):
         row, = cdtr_own.cost_rows([found | dict(preset=name, seconds=[2.])]); assert row[f'hours for {draws} images (estimate)'] == f'{draws * 2 / 3600:.3g}' and row['recipe'] == name
     with pytest.raises(BadInput, match='open_clip'): cdtr_own.step_cost(replace(cfg, clip_model='ViT-none'), batch=2)

@@ -151,7 +151,7 @@ def test_average_precision_of_pixels_of_drawn_images():
 
 def test_a_squashed_mask_is_squashed_like_its_image():
     mask = torch.zeros(20, 30, dtype=torch.uint8); mask[:10, :10] = 3; mask[10:, 20:] = 255
-    out = cdtr_scores.Squashed(12)(dict(image=torch.zeros(3, 20, 30), mask=mask, size=(20, 30)))['mask']
+    out = cdtr_scores.Square(12, 'view')(dict(image=torch.zeros(3, 20, 30), mask=mask))['mask']
     assert out.shape == (12, 12) and (out[:6, :4] == 3).all() and (out[6:, 8:] == 255).all() and (out > 0).sum() == 48
 
 

@@ -122,6 +122,19 @@ def test_nothing_is_imported_by_star_or_from_fastcore(file):
         if isinstance(node, ast.Import): assert not any(a.name.split('.')[0] in ('fastcore', 'nbdev', 'execnb') for a in node.names)
 
 
+@pytest.mark.parametrize('file', [*MODULES, *sorted((ROOT / 'tests').glob('*.py')), *sorted((ROOT / 'tools').glob('*.py'))], ids=named)
+def test_what_is_imported_is_used(file):
+    "In the file, or by those who take it from there; `noqa: F401` marks what an import does by itself."
+    text = file.read_text(encoding='utf-8'); lines, tree = text.splitlines(), ast.parse(text)
+    used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+    idle = {(a.asname or a.name).split('.')[0] for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom)) and 'noqa: F401' not in lines[n.end_lineno - 1] for a in n.names} - used
+    if not idle: return
+    others = [p.read_text(encoding='utf-8') for p in (*MODULES, *(ROOT / 'tests').glob('*.py')) if p != file] + [s for b in BOOKS for s, *_ in book_cells(b)]
+    taken = set(re.findall(rf'\b{file.stem}\.(\w+)', '\n'.join(others)))
+    for found in re.findall(rf'(?m)^ *from (?:\.|wsl_nb\.){file.stem} import ([^\n(]+|\([^)]+\))', '\n'.join(others)): taken |= set(re.findall(r'\w+', found))
+    assert not idle - taken, f'imported and used nowhere: {sorted(idle - taken)}'
+
+
 def test_every_exported_symbol_is_tested():
     "A test cell or a file in tests/ uses every public function and class, itself or through one that it uses."
     tests = [p.read_text(encoding='utf-8') for p in (ROOT / 'tests').glob('*.py')]
@@ -222,6 +235,12 @@ def test_no_file_names_a_machine():
     "No path of one machine in code, notebooks or settings; only .ci/run may look beside the repository."
     files = [*MODULES, *BOOKS, *(ROOT / 'tools').glob('*.py'), ROOT / 'Makefile', ROOT / 'settings.ini', ROOT / 'setup.py']
     for file in files: assert not re.search(r'\.\./shared|/work/(main|shared|scratch)|/root/', file.read_text(encoding='utf-8')), file.name
+
+
+def test_make_says_when_the_disk_is_too_small(tmp_path):
+    (tmp_path / 'df').write_text('#!/bin/sh\nprintf "head\\nx 1 1 3500000 1%% /\\n"\n'); (tmp_path / 'df').chmod(0o755)
+    found = subprocess.run(['make', '-C', str(ROOT), f'VENV={tmp_path}/new', f'PYTHON={sys.executable}', 'demo'], env=os.environ | {'PATH': f'{tmp_path}:{os.environ["PATH"]}'}, capture_output=True, text=True)
+    assert found.returncode == 2 and '3.5 GB free here, expected 7' in found.stderr and not (tmp_path / 'new').exists()
 
 
 def test_versions_agree():

@@ -1,5 +1,5 @@
 "Blocks and losses of MoRe against forms written straight from the equations; the three NaN mechanisms and their guards."
-import math, shutil
+import math
 from dataclasses import replace
 
 import pytest

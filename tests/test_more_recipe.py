@@ -261,6 +261,17 @@ def test_a_run_that_ended_before_its_first_checkpoint_still_starts_from_its_weig
     assert not torch.equal(read_part(checkpoint(tmp_path/'noise')/'model.safetensors')['classifier.weight'], a['classifier.weight'])
 
 
+def test_a_run_is_not_gone_on_with_from_another_file(tmp_path):
+    "Other bytes under the same path are refused on resume, and nothing of the run is touched."
+    from safetensors.torch import save_file
+    data, start = embedded('wsss', size=MORE_TINY.crop, train=16, val=2, test=0), tmp_path/'start.safetensors'
+    save_file(more.MoRe(MORE_TINY, 8).state_dict(), start); cfg = replace(MORE_TINY, steps=1, init=str(start), evaluate_every=0, eval_split='')
+    more_recipe.train(cfg, data, tmp_path/'run'); more_recipe.train(cfg, data, tmp_path/'run', resume=True)
+    save_file({k: v + 1 for k, v in more.MoRe(MORE_TINY, 8).state_dict().items()}, start); before = {f: f.read_bytes() for f in (tmp_path/'run').rglob('*') if f.is_file()}
+    with pytest.raises(BadInput, match='not the file that this run began with'): more_recipe.train(cfg, data, tmp_path/'run', resume=True)
+    assert {f: f.read_bytes() for f in (tmp_path/'run').rglob('*') if f.is_file()} == before
+
+
 def test_stages_that_a_short_run_never_reaches_are_named(capsys):
     data = embedded('wsss', size=96, train=4, val=2, test=0)
     more_recipe.check_recipe(replace(more_base.LAPTOP, steps=350), data); text = capsys.readouterr().out

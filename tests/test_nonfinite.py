@@ -8,7 +8,7 @@ import yaml
 from safetensors.torch import save_file
 
 from training_child import AFFINITY_TINY, MORE_TINY
-from wsl_nb import affinity_recipe, cli, core, data, more, more_recipe, training
+from wsl_nb import affinity_recipe, cli, core, data, more, more_recipe
 from wsl_nb.training_checkpoint import as_plain
 
 ALL = replace(MORE_TINY, ptc_from=0, lir_from=0, seg_from=0, steps=4, checkpoint_every=1)

@@ -4,7 +4,6 @@ The heavy part starts every command as a user does, in its own process, and prin
 """
 import json, os, shutil, subprocess, sys, time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest

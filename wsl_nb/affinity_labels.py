@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .affinity import background_score, confident_labels, multi_scale_cam, pair_affinities, random_walk, transition
 from .affinity_base import AffinityNetConfig
 from .core import atomic, normalise, read_mask, require, write_mask
-from .crf import CRFParams, crf_backend, crf_many
+from .crf import CRFParams, crf_many
 from .data_transforms import RandomView, colour_jitter, padded_window, resize
 from .training_order import gather_processes, world
 

@@ -12,7 +12,6 @@ import importlib, json, time
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from .affinity import AffinityNet, losses_affinity, losses_classifier, losses_segment
@@ -27,7 +26,7 @@ from .training import Run, claim, lr_factor, stage_done, stage_hash
 from .training_checkpoint import checkpoint, load_model, load_weights, read_config, read_weights
 from .training_config import check_config
 from .training_order import world
-from .training_records import check_start, note_start, run_seeds, scored_run, table_rows
+from .training_records import check_splits, check_start, note_start, run_seeds, scored_run, table_rows
 
 # %% ../nbs/04a_affinity_recipe.ipynb #77ccaeaf
 STAGES = ('classifier', 'labels', 'affinity', 'pseudo', 'segment') # In the order in which they run; three train, two write files
@@ -133,12 +132,7 @@ def check_recipe(
     data, # `data.Set`
 ) -> None: # Nothing when recipe and data go together
     "Refuses what could only fail hours later, and what would choose on the test split. Raises: `BadInput` naming the flag."
-    for field in ('train_split', 'eval_split'):
-        name = getattr(cfg, field)
-        require(name in data.splits or not name and field == 'eval_split', f'{field} "{name}" for {data.name}', f'one of {list(data.splits)}', f'say --{field} NAME')
-        require(name != 'test', f'{field} "test"', 'another split: test is scored once, by eval', f'say --{field} NAME')
-    both = set(data.splits[cfg.train_split]) & set(data.splits[cfg.eval_split] if cfg.eval_split else ())
-    require(not both, f'{len(both)} images in {cfg.train_split} and in {cfg.eval_split}', 'splits without common images', 'say --train_split train, or --eval_split "" for no scores')
+    check_splits(cfg, data)
     wanted = [s for s in STAGES if s in cfg.stages]
     odd = [s for s in cfg.stages if s not in STAGES]
     require(cfg.stages and set(cfg.stages) == set(wanted) == set(STAGES[:len(wanted)]), f'stages {" ".join(cfg.stages)}' + (f' ({", ".join(odd)} is none)' if odd else ''), f'a beginning of {" ".join(STAGES)}', 'each stage needs those before it; say --stages with all of them')

@@ -212,7 +212,7 @@ class CDTR(nn.Module):
         cfg: CDTRConfig, # Recipe
         classes: int, # C
     ): # Random weights
-        super().__init__()
+        super().__init__(); require(classes > 0, f'{classes} classes', 'one at least', 'name the classes of the data')
         self.cfg, self.classes = cfg, classes
         self.vit, self.head = DeiT(cfg), nn.Conv2d(cfg.dim, classes, 3, padding=1)
         self.csm = CategoryStimulation(cfg.depth * cfg.heads, classes, cfg.csm_width) if cfg.csm else None

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import key_entropy, normalise, require
-from .data_transforms import crop_box, resize
+from .core import normalise, require
+from .data_transforms import check_labels_only, resized_crop
 from .training import RunConfig, lr_factor
 from .training_records import preset_of
 from .vit import TokenViT
@@ -201,10 +201,8 @@ class TrainView:
         generator: np.random.Generator, # Source of all draws
     ) -> dict: # With a normalised image (3,crop,crop)
         "Sample with a random view. Raises: `BadInput` if the sample has boxes, which would not move along."
-        moved = {'mask', 'boxes', 'part', 'context'} & set(sample)
-        require(not moved, f'a training sample with {sorted(moved)}', "fields ('image', 'label')", 'ask the split for image and label only')
-        t, l, h, w = crop_box(sample['image'].shape[-2:], self.area, (3 / 4, 4 / 3), generator)
-        image = resize(sample['image'][:, t:t + h, l:l + w], (self.crop, self.crop), 'bicubic')
+        check_labels_only(sample)
+        image = resized_crop(sample, self.crop, self.area, (3 / 4, 4 / 3), generator)
         if generator.random() < .5: image = image.flip(-1)
         if self.augment: image = rand_augment(image, self.augment, generator)
         image = normalise(image)

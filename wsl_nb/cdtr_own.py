@@ -149,7 +149,7 @@ def evaluation_files(
     return sorted(f.relative_to(out).as_posix() for f in out.rglob('*') if f.is_file() and f.name[0] != '.')
 
 # %% ../nbs/03f_cdtr_own.ipynb #2ffb8439
-IMAGES = dict(cub=5994, ilsvrc=1281167) # Training images of a layout; the embedded ones are counted by the recipe
+IMAGES = dict(cub_trainval=5994, cub_train=5400, ilsvrc_train=1281167) # Layout and split -> its images; the embedded ones are counted by the recipe
 
 # %% ../nbs/03f_cdtr_own.ipynb #36af5cd2
 def random_clip(
@@ -191,7 +191,7 @@ def cost_rows(
     "What the training of whole runs costs: hours are an estimate (draws times seconds an image; no validation, no data loading)."
     rows = []
     for m in measured:
-        cfg = PRESETS[m['preset']]; images = IMAGES.get(cfg.layout, cfg.data_train)
+        cfg = PRESETS[m['preset']]; images = IMAGES.get(f'{cfg.layout}_{cfg.train_split}', cfg.data_train)
         draws = cfg.epochs * images or cfg.steps * cfg.batch * cfg.accumulate
         rows.append(cost_row(m, f'seconds an image, {m["precision"]}', draws * m['seconds'][0] / 3600, f'{draws} images'))
     return rows

@@ -25,7 +25,7 @@ from .metrics import write_results
 from .training import Run
 from .training_checkpoint import checkpoint, checkpoints, load_model, read_config, read_weights
 from .training_order import world
-from .training_records import check_start, note_start, run_seeds, scored_run, table_rows
+from .training_records import check_splits, check_start, note_start, run_seeds, scored_run, table_rows
 
 # %% ../nbs/03a_cdtr_recipe.ipynb #c3fab92f
 def check_recipe(
@@ -33,12 +33,7 @@ def check_recipe(
     data, # `data.Set`
 ) -> None: # Nothing when recipe and data go together
     "Refuses what could only fail after the run folder is made, and what would choose on the test split. Raises: `BadInput` naming the flag."
-    for field in ('train_split', 'eval_split'):
-        name = getattr(cfg, field)
-        require(name in data.splits or not name and field == 'eval_split', f'{field} "{name}" for {data.name}', f'one of {list(data.splits)}', f'say --{field} NAME')
-        require(name != 'test', f'{field} "test"', 'another split: test is scored once, by eval', f'say --{field} NAME')
-    both = set(data.splits[cfg.train_split]) & set(data.splits[cfg.eval_split] if cfg.eval_split else ())
-    require(not both, f'{len(both)} images in {cfg.train_split} and in {cfg.eval_split}', 'splits without common images', 'say --train_split train, or --eval_split "" for no scores')
+    check_splits(cfg, data)
     for name in filter(None, (cfg.train_split, cfg.eval_split) if data.layout not in ('cub', 'wsol', 'ilsvrc') else ()): # those have one class by their form
         several = next((i for n, i in enumerate(data.splits[name]) if np.sum(data.source.read(name, n, 'label')) != 1), None)
         require(several is None, f'{several} of {data.name} {name}, which does not show exactly one class', 'one class an image', 'choose a set for localisation: wsol, CUB, ILSVRC, or one folder a class')

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from .core import atomic, require, rng, text_hash
-from .data_farm import CLASSES, COLOURS, GROUNDS, PRESETS, TEXTURES, VERSION, VOCABULARY, example, facts, render, scene, unpack
+from .data_farm import CLASSES, PRESETS, VERSION, VOCABULARY, example, facts, render, scene, unpack
 
 # %% ../nbs/01_data.ipynb #bc423a99
 FIELDS = ('image', 'label', 'mask', 'boxes', 'captions', 'part', 'context') # What a split may be asked for; `boxes` brings `box_labels`

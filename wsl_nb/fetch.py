@@ -8,7 +8,7 @@ __all__ = ['Remote', 'Source', 'sources', 'check_hash', 'download', 'obtain', 'B
 # %% ../nbs/19_fetch.ipynb #ea6834df
 import errno, hashlib, json, os, re, shutil, ssl, time
 from dataclasses import dataclass
-from http.client import HTTPException, HTTPResponse, IncompleteRead
+from http.client import HTTPException, IncompleteRead
 from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote

@@ -19,7 +19,7 @@ from .data import Set
 from .formats import ENDINGS, read_xml
 from .formats_check import Faults, Finding, image_size
 from .formats_wsol import (CUB_HOME, CUB_TABLES, WSOL_HOME, Part, Row, bytes_of, check_cub, check_wsol, half_open, numbered, numbers, open_cub, open_wsol,
-                                 part_of, read_synsets, refuse, set_of, share_inside, stem, wsol_images, wsol_lists, wsol_places, wsol_rows)
+                                 part_of, read_synsets, refuse, set_of, share_inside, stem, wsol_images, wsol_places, wsol_rows)
 
 # %% ../nbs/18e_formats_ilsvrc.ipynb #3975a040
 ILSVRC_HOME = 'image-net.org, with an account of your own: its terms (non-commercial research) must be agreed to by each person, so no program may fetch it' # Where to get it by hand

@@ -25,11 +25,11 @@ from .data_transforms import RandomView, Square
 from .maps import class_maps, fitted_size, hard_labels, multi_scale
 from .metrics import confusion_matrix, far_mass, hot_isolated, record, segmentation_scores, tags_f1, write_results
 from .more import MoRe, attention_maps, groups, losses, total
-from .more_base import COCO_OFFICIAL, LAPTOP, LAPTOP_BASELINE, PRESETS, VOC_OFFICIAL, MoReConfig, preset_name, weights
+from .more_base import LAPTOP, LAPTOP_BASELINE, MoReConfig, preset_name, weights
 from .more_weights import start_from
 from .training import Run, each_once, lr_factor, sum_processes
 from .training_checkpoint import checkpoints, read_weights
-from .training_records import note_start, provenance, recipe_rows, run_seeds, scored_run, table_rows
+from .training_records import check_splits, check_start, note_start, provenance, run_seeds, scored_run, table_rows
 
 # %% ../nbs/02a_more_recipe.ipynb #96c554f7
 def train_transform(
@@ -165,9 +165,7 @@ def check_recipe(
     data, # `data.Set`
 ) -> None: # Nothing when recipe and data go together
     "Refuses what could only fail after the run folder is made. Raises: `BadInput` naming the flag."
-    for field in ('train_split', 'eval_split'):
-        name = getattr(cfg, field)
-        require(name in data.splits or not name and field == 'eval_split', f'{field} "{name}" for {data.name}', f'one of {list(data.splits)}', f'say --{field} NAME')
+    check_splits(cfg, data)
     require(cfg.crop // cfg.patch > 6 or not cfg.w_ure, f'crop {cfg.crop} with patches of {cfg.patch}: {cfg.crop // cfg.patch} a side', 'more than 6 patches a side, for the search of uncertain patches', 'enlarge --crop, take a smaller --patch, or say --w_ure 0')
     starts = dict(seg_from='the decoder', switch='the final CAM as teacher', lir_from='CRE and URE', ptc_from='the patch contrast')
     late = [f'{what} (--{field} {getattr(cfg, field)})' for field, what in starts.items() if not cfg.epochs and getattr(cfg, field) >= cfg.steps]
@@ -183,6 +181,7 @@ def train(
     "Trains a model from image-level labels; everything of the run is in its folder."
     if cfg.layout == 'folder': cfg = replace(cfg, train_split='train')
     check_recipe(cfg, data)
+    if resume: check_start(Path(out), cfg.init)
     seed_everything(cfg.seed, 'weights')
     model = MoRe(cfg, len(data.classes))
     if cfg.init and not checkpoints(out): start_from(model, read_weights(cfg.init))

@@ -6,7 +6,7 @@
 __all__ = ['MODELS', 'COURSE', 'curve', 'snapshots', 'make_course', 'make', 'shipped', 'shipped_course']
 
 # %% ../nbs/19a_pretrain.ipynb #c6e5d83b
-import dataclasses, importlib, tempfile, time
+import importlib, tempfile, time
 from dataclasses import asdict, replace
 from pathlib import Path
 

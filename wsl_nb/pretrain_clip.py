@@ -8,7 +8,7 @@ __all__ = ['TEMPLATES', 'CLIP_FARM', 'ClipConfig', 'clip_data', 'Pair', 'Joined'
            'evaluate_clip', 'train_clip', 'load_clip_run', 'make_clip', 'shipped_clip']
 
 # %% ../nbs/19c_pretrain_clip.ipynb #726dcf68
-import math, tempfile, time
+import tempfile, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cdtr_base import LAPTOP_TOKENS, CDTRConfig, DeiT, TrainView, block_with_row, preset_name
-from .core import asset, save_asset, seed_everything
+from .core import save_asset, seed_everything
 from .data import embedded
 from .data_farm import CLASSES, COLOURS, TEXTURES
 from .data_transforms import Square

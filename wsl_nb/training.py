@@ -8,7 +8,7 @@ __all__ = ['PARTS', 'culprit', 'live', 'Interrupt', 'claim', 'Moment', 'Setup', 
            'storable', 'write_reproducer', 'replay', 'Run', 'between', 'progress_bar', 'close']
 
 # %% ../nbs/14_training.ipynb #10b96091
-import contextlib, dataclasses, json, math, os, signal, sys, threading, time
+import contextlib, dataclasses, math, os, signal, sys, threading, time
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from . import core, metrics
 from . import training_checkpoint as disk
-from .training_config import RunConfig, check_config, stage_done
+from .training_config import check_config, stage_done
 from .training_order import gather_processes, world
 
 # %% ../nbs/14d_training_ablate.ipynb #55e4a358

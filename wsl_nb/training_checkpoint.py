@@ -207,7 +207,7 @@ def read_config(
     try: values = yaml.safe_load(Path(path).read_text()) or {}
     except yaml.YAMLError as e: raise core.BadInput(f'{path}, which is no YAML ({str(e).splitlines()[0]})', 'lines "field: value"', 'restore the file') from None
     known = {f.name for f in dataclasses.fields(kind)}
-    core.require(isinstance(values, dict) and values.keys() <= known, f'{path} with {sorted(set(values) - known)[:5]}', f'fields of {kind.__name__}', 'correct or delete these lines')
+    core.require(isinstance(values, dict) and values.keys() <= known, f'{path} with {sorted(set(values) - known)[:5]}', f'fields of {kind.__name__}', 'name the method that the file belongs to, or correct these lines')
     frozen = lambda v: tuple(map(frozen, v)) if isinstance(v, list) else v
     return kind(**{k: frozen(v) for k, v in values.items()})
 

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from .core import require
-from .viz import PREDICTION, TRUTH, class_colours, colour_labels, outline, overlay, panels, resize_map, styled, to_array, to_grey, to_rgb
+from .viz import PREDICTION, TRUTH, colour_labels, outline, overlay, resize_map, styled, to_array, to_grey, to_rgb
 from .widgets import board, explorer, key_line, mark_curve, place, truth_key, viridis_scale
 from .widgets_maps import count_bars, enlarge, object_iou, patch_squares, patches_on_object
 

@@ -10,7 +10,7 @@ __all__ = ['BAR_COLOURS', 'stretch', 'box_overlap', 'chosen_region', 'box_lines'
            'draw_scales', 'resting_scale', 'draw_loc_lines', 'count_seen', 'draw_seen']
 
 # %% ../nbs/16c_widgets_cdtr.ipynb #4e830666
-import functools, math
+import math
 
 import numpy as np
 import torch
