@@ -242,7 +242,7 @@ def test_losses_of_a_step_equal_the_plain_step(step):
     assert max((x - y).norm() / (y.norm() + 1e-3) for x, y in zip(a, b)) < 1e-3
 
 
-@pytest.mark.parametrize('cfg', [MORE_TINY, more_base.LAPTOP, more_base.LAPTOP_BASELINE, more_base.VOC_OFFICIAL, more_recipe.COCO_OFFICIAL, replace(MORE_TINY, w_mct=0., w_seg=0.)],
+@pytest.mark.parametrize('cfg', [MORE_TINY, more_base.LAPTOP, more_base.LAPTOP_BASELINE, more_base.VOC_OFFICIAL, more_base.COCO_OFFICIAL, replace(MORE_TINY, w_mct=0., w_seg=0.)],
                          ids=['tiny', 'LAPTOP', 'LAPTOP_BASELINE', 'VOC_OFFICIAL', 'COCO_OFFICIAL', 'without mct and seg'])
 def test_losses_have_the_names_of_the_weights(cfg):
     "Around every first step, on a small network with the schedule of the recipe."
@@ -258,7 +258,7 @@ def test_official_schedules():
     "Conditions are n > 2000 on VOC, n > 8000, 12000, 16000 on COCO."
     at = lambda cfg, *steps: [len(more.weights(cfg, s)) for s in steps]
     assert at(more_base.VOC_OFFICIAL, 0, 2000, 2001) == [6, 6, 8]
-    assert at(more_recipe.COCO_OFFICIAL, 0, 8000, 8001, 12000, 12001, 16000, 16001) == [3, 3, 4, 4, 6, 6, 8]
+    assert at(more_base.COCO_OFFICIAL, 0, 8000, 8001, 12000, 12001, 16000, 16001) == [3, 3, 4, 4, 6, 6, 8]
 
 
 def test_decoder_and_maps_are_skipped_while_nobody_needs_them(monkeypatch):
