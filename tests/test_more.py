@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import reference_more as plain
 from training_child import MORE_TINY
-from wsl_nb import cli, more, more_base, more_recipe
+from wsl_nb import cli, more, more_base
 from wsl_nb.core import BadInput, normalise, seed_everything, torch_rng
 from wsl_nb.data import embedded
 from wsl_nb.formats_write import export
