@@ -9,7 +9,7 @@ are not run and hold no outputs. Every notebook runs in a fresh process, in the 
 holds, for every notebook, the hash of all that its outputs depend on: its code cells, and the modules of wsl_nb that it
 imports, directly or through others, each without comments and docstrings.
 """
-import argparse, ast, base64, contextlib, hashlib, io, json, multiprocessing, os, sys, tempfile, time, tokenize
+import argparse, ast, base64, contextlib, hashlib, io, json, multiprocessing, os, re, sys, tempfile, time, tokenize
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -86,8 +86,8 @@ def state(book):
     inside = '_cli' not in book.stem  # the command line reaches everything and shows nothing of it
     for module in closure(set().union(*(imported(c, inside) for c in cells))):
         digest.update(module.encode() + bare((PACKAGE / f'{module}.py').read_text(encoding='utf-8')).encode() + b'\0')
-    for call, files in {'recorded(': (ROOT / 'results').rglob('result.json'), 'read_results(': (ROOT / 'results').rglob('result.json'), 'shipped': (PACKAGE / 'assets').glob('*.json')}.items():
-        if any(call in c for c in cells):
+    for read, files in {r'(recorded|read_results|read_findings|read_scores)\(|\.\./results|RESULTS': (ROOT / 'results').rglob('*.json'), 'shipped': (PACKAGE / 'assets').glob('*.json')}.items():
+        if any(re.search(read, c) for c in cells):
             for file in sorted(files): digest.update(file.read_bytes())
     if book.stem == 'index':  # its tables list the other notebooks
         for other in sorted(NBS.glob('[0-9]*.ipynb')): digest.update(other.name.encode() + head(other).encode())
