@@ -23,7 +23,7 @@ python: # the interpreter is new enough, and the one that was asked for
 	  $(PYTHON) -c 'import subprocess, sys; v = subprocess.check_output([sys.argv[1], "-c", "import sys; print(sys.version_info[:2])"], text=True).strip(); v == str(sys.version_info[:2]) or sys.exit(f"$(VENV) was made with Python {v}; take another one, e.g. make VENV=.venv-new PYTHON=$(PYTHON) …, or remove it")' $(BIN)/python
 
 $(BIN)/python: | python
-	@df -Pk . | awk 'NR == 2 && $$4 < 7000000 { printf "%.1f GB free here, expected 7 for $(VENV) (PyTorch with its CUDA libraries); make room, or say VENV=DIR on another disk\n", $$4 / 1e6; exit 2 }' >&2
+	@df -Pk "$$(dirname $(VENV))" | awk 'NR == 2 && $$4 < 7000000 { printf "%.1f GB free, expected 7 for $(VENV) (PyTorch with its CUDA libraries); make room, or say VENV=DIR on another disk\n", $$4 / 1e6; exit 2 }' >&2
 	@echo "making $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
 

@@ -240,7 +240,7 @@ def test_no_file_names_a_machine():
 def test_make_says_when_the_disk_is_too_small(tmp_path):
     (tmp_path / 'df').write_text('#!/bin/sh\nprintf "head\\nx 1 1 3500000 1%% /\\n"\n'); (tmp_path / 'df').chmod(0o755)
     found = subprocess.run(['make', '-C', str(ROOT), f'VENV={tmp_path}/new', f'PYTHON={sys.executable}', 'demo'], env=os.environ | {'PATH': f'{tmp_path}:{os.environ["PATH"]}'}, capture_output=True, text=True)
-    assert found.returncode == 2 and '3.5 GB free here, expected 7' in found.stderr and not (tmp_path / 'new').exists()
+    assert found.returncode == 2 and '3.5 GB free, expected 7' in found.stderr and not (tmp_path / 'new').exists()
 
 
 def test_versions_agree():
