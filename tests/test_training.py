@@ -456,7 +456,7 @@ def test_scaler_changes_nothing_else(tmp_path):
 @pytest.mark.parametrize('workers', [0, 1])
 def test_ctrl_c_saves_then_raises(tmp_path, workers):
     module, cfg, data = prepare('linear', dict(workers=workers))
-    old, count = lm.losses, [0]
+    old, count, before = lm.losses, [0], signal.getsignal(signal.SIGINT)  # a job in the background of a shell is born deaf to Ctrl-C
     def losses(model, batch, step, cfg, **extra):
         count[0] += 1
         if count[0] == 8: os.kill(os.getpid(), signal.SIGINT)
@@ -465,7 +465,7 @@ def test_ctrl_c_saves_then_raises(tmp_path, workers):
     try:
         with pytest.raises(KeyboardInterrupt, match='saved at step 8'): module.train(cfg, data, tmp_path/'a')
     finally: lm.losses = old
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     assert disk.checkpoint(tmp_path/'a').name == 'step_000008'
     module.train(cfg, data, tmp_path/'a', resume=True)
     whole(tmp_path/'b', workers=workers); same(tmp_path/'a', tmp_path/'b')
