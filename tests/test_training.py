@@ -277,6 +277,16 @@ def two_processes(out, method='linear', **changes):
     return [job.returncode for job in jobs], texts
 
 
+def test_a_process_leaves_its_group_when_the_program_ends():
+    "Threads of a group that is still there abort now and then a process that has done all its work; what is registered first runs last."
+    code = """import atexit, torch.distributed as dist
+from wsl_nb.training_order import world
+atexit.register(lambda: print('in a group:', dist.is_initialized()))
+dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1); print(world(), world())"""
+    found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert found.returncode == 0 and found.stdout == '(0, 1) (0, 1)\nin a group: False\n', found.stderr
+
+
 def test_two_processes_equal_accumulation(tmp_path):
     changes = dict(steps=8, dropout=0., late_from=4, images=20)
     whole(tmp_path/'one', accumulate=2, **changes)

@@ -1147,6 +1147,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'wsl_nb.training_order.each_once': ('training_order.html#each_once', 'wsl_nb/training_order.py'),
                                        'wsl_nb.training_order.gather_processes': ( 'training_order.html#gather_processes',
                                                                                    'wsl_nb/training_order.py'),
+                                       'wsl_nb.training_order.leave_at_exit': ( 'training_order.html#leave_at_exit',
+                                                                                'wsl_nb/training_order.py'),
                                        'wsl_nb.training_order.load': ('training_order.html#load', 'wsl_nb/training_order.py'),
                                        'wsl_nb.training_order.plain': ('training_order.html#plain', 'wsl_nb/training_order.py'),
                                        'wsl_nb.training_order.share': ('training_order.html#share', 'wsl_nb/training_order.py'),
