@@ -28,6 +28,15 @@ def pytest_collection_modifyitems(items):
         if 'gpu' in item.keywords and not torch.cuda.is_available(): item.add_marker(pytest.mark.skip(reason='no accelerator'))
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    "Every test in one thread, whatever the one before it chose."
+    import torch
+    before = torch.get_num_threads(); torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def data_root():
     "Folder of the real files."

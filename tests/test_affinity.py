@@ -19,13 +19,6 @@ FORMS = ('epsilon', 'stable')
 checked = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads(); torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def noise(*shape, key='noise'): return torch.randn(*shape, generator=torch_rng('affinity', key, *shape))
 
 

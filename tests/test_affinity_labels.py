@@ -16,13 +16,6 @@ from wsl_nb.crf import dense_crf
 MEAN, STD = (torch.tensor(v)[:, None, None] for v in ((.485, .456, .406), (.229, .224, .225))) # Of ImageNet
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads(); torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def uniform(*shape, key='uniform'): return torch.rand(*shape, generator=torch_rng('affinity labels', key, *shape))
 
 

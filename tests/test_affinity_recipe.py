@@ -28,13 +28,6 @@ STAGES, TRAINED, KINDS = affinity_recipe.STAGES, affinity_base.TRAINED, affinity
 WHATS = ('mIoU', 'mIoU without background', 'foreground IoU', 'binary mIoU', 'precision', 'recall', 'F1', 'precision, mean over images', 'recall, mean over images', 'F1, mean over images', 'foreground IoU, mean over images')
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads(); torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def as_yaml(folder, **changes):
     "AFFINITY_TINY as a recipe file."
     import yaml

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from linear_method import LinearConfig
-from test_affinity_labels import MEAN, STD, one_thread  # noqa: F401 one_thread is a fixture for all tests here
+from test_affinity_labels import MEAN, STD
 from wsl_nb import affinity_scores, metrics, training_ablate
 from wsl_nb import training_checkpoint as disk
 from wsl_nb.affinity_base import LAPTOP

@@ -26,13 +26,6 @@ TINY = replace(base.CUB_OFFICIAL, dim=24, depth=4, heads=3, patch=8, side=6, mlp
 CLASSES = 5
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads(); torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def noise(*shape, key='noise'): return torch.randn(*shape, generator=torch_rng('cdtr', key, *shape))
 
 

@@ -32,13 +32,6 @@ IMAGES = dict(cub=5994, ilsvrc=1281167) # Training images of the two sets
 BARE = replace(CDTR_TINY, w_sba=0., eval_split='', augment='', erase=0., checkpoint_every=0) # Where CLIP and scores do not matter
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads(); torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # --- recipes -------------------------------------------------------------------------------------------------------
 
 def test_official_values():

@@ -19,13 +19,6 @@ TINY = replace(MORE_TINY, ptc_from=0, lir_from=0, seg_from=0)
 STEPS = (0, TINY.switch, TINY.switch + 1) # Auxiliary maps, the last step of them, final maps
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads(); torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def noise(*shape, key='noise'): return torch.randn(*shape, generator=torch_rng(key, *shape))
 
 

@@ -19,13 +19,6 @@ CASES = dict( # Term -> (poisoned parameter, terms that it would reach as well a
     ure=('graph_layer.norm.bias', ('mct', 'cre')), seg=('decoder.conv8.weight', ('reg',)), reg=('decoder.conv8.weight', ('seg',)))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads(); torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def command(folder, cfg, out, *words, method='more'):
     "Words of a training command with this recipe."
     file = folder/f'{out.name}.yaml'; file.write_text(yaml.safe_dump(as_plain(cfg)))

@@ -17,13 +17,6 @@ SPOILED = {'more': ['enc.block2.out', 'gcr.gate_prob', 'cam', 'loss.cre_early', 
 BATCHED = ('image', 'label', 'enc.*', 'out.*', 'gcr.*', 'cam*', 'lam*', 'denorm', 'label_*', 'mask_*', 'aff_mask', 'refined_pseudo_label')
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads(); torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def counts(capsys, source, *folder):
     "(exit code, compared, failed, not covered, the whole text)."
     method = source.split('/')[0]

@@ -17,13 +17,6 @@ HERE = Path(__file__).parent
 ENV = os.environ | dict(OMP_NUM_THREADS='1')
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads(); torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def whole(out, method='linear', **changes):
     "An uninterrupted run in this process."
     module, cfg, data = prepare(method, changes)
