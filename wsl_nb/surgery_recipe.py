@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'Features', 'frozen_tower', 'clip_of', 'frozen_features', 'token_channels', 'Cache', 'each_all', 'Truth',
-           'truth_of', 'Surgery', 'weights', 'losses', 'total', 'groups', 'check_recipe', 'learnt_part', 'known_sizes',
-           'new_model', 'train', 'load_run', 'count_split', 'how_made', 'box_records', 'evaluate']
+           'truth_of', 'Surgery', 'weights', 'losses', 'total', 'groups', 'check_recipe', 'learnt_part', 'every_box',
+           'known_sizes', 'new_model', 'train', 'load_run', 'count_split', 'how_made', 'box_records', 'evaluate']
 
 # %% ../nbs/05d_surgery_recipe.ipynb #1b8c7427
 import functools, json, time
@@ -220,17 +220,24 @@ def learnt_part(
     return only_classes(data, list(cfg.learnt), (cfg.train_split,))
 
 # %% ../nbs/05d_surgery_recipe.ipynb #d9aa0807
+def every_box(
+    split, # `data.Split` with boxes
+) -> tuple[Tensor, Tensor]: # All boxes, corners in [0,1], (M,4); their classes (M,)
+    "The annotations of a split, without opening a picture."
+    boxes, labels = [], []
+    for i in range(len(split)):
+        (b, l), (H, W) = split.source.read(split.name, i, 'boxes'), split.source.size(split.name, i)
+        boxes.append(torch.as_tensor(b).float().reshape(-1, 4) / torch.tensor([W, H, W, H])); labels.append(torch.as_tensor(l).long().reshape(-1))
+    return torch.cat(boxes), torch.cat(labels)
+
+# %% ../nbs/05d_surgery_recipe.ipynb #104daabb
 def known_sizes(
     split, # `data.Split` with boxes
     classes: int, # C
     per: str, # 'class' or 'all'
 ) -> Tensor: # (C,2) in shares of the image
     "Prior width and height of each class, from the boxes of a split."
-    boxes, labels = [], []
-    for i in range(len(split)):
-        (b, l), (H, W) = split.source.read(split.name, i, 'boxes'), split.source.size(split.name, i)
-        boxes.append(torch.as_tensor(b).float().reshape(-1, 4) / torch.tensor([W, H, W, H])); labels.append(torch.as_tensor(l).long().reshape(-1))
-    return size_prior(torch.cat(boxes), torch.cat(labels), classes, per)
+    return size_prior(*every_box(split), classes, per)
 
 # %% ../nbs/05d_surgery_recipe.ipynb #03a26ea4
 def new_model(
