@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'as_sample', 'Split', 'Set', 'collate', 'cache_folder', 'Farm', 'draw_all', 'load_part', 'farm_source',
-           'embedded', 'embedded_of']
+           'Mixed', 'mixed', 'embedded', 'embedded_of']
 
 # %% ../nbs/01_data.ipynb #6749fd6e
 import copy, functools, hashlib, inspect, json, os, zipfile, zlib
@@ -233,9 +233,43 @@ def farm_source(
     "The source for these settings, one object a process so that pictures are in memory once."
     return Farm(preset, seed, size, dict(counts), camouflage, occlusion)
 
+# %% ../nbs/01_data.ipynb #9787ac90
+class Mixed:
+    "Source that takes the pictures of several sources in turn."
+    def __init__(self,
+        sources: list, # With the same number of pictures in each split
+    ): # Nothing is drawn yet
+        self.sources, self.hash = sources, text_hash([s.hash for s in sources])
+        self.fields = tuple(f for f in FIELDS if all(f in s.fields for s in sources))
+
+    def size(self,
+        split: str, # Name of the split
+        index: int, # Within the split
+    ) -> tuple: # (H,W)
+        "Size of an image."
+        return self.sources[index % len(self.sources)].size(split, index // len(self.sources))
+
+    def read(self,
+        split: str, # Name of the split
+        index: int, # Within the split
+        field: str, # As the sources know it
+    ): # As the source gives it
+        "One field of one image."
+        return self.sources[index % len(self.sources)].read(split, index // len(self.sources), field)
+
+# %% ../nbs/01_data.ipynb #30df8a5e
+def mixed(
+    sets: list, # `Set`s of drawn pictures with the same splits
+) -> Set: # As many pictures as all together
+    "Several embedded sets, their pictures in turn. Raises: `BadInput` if a split has not the same number in all."
+    sizes = {tuple((k, len(v)) for k, v in s.splits.items()) for s in sets}
+    require(len(sizes) == 1, f'splits of {sorted(sizes)}', 'the same splits with as many pictures in each set', 'draw as many of each')
+    source, ids = Mixed([s.source for s in sets]), {k: [i for same in zip(*(s.splits[k] for s in sets)) for i in same] for k in sets[0].splits}
+    return Set(f'farm {"+".join(s.name.removeprefix("farm ") for s in sets)}', 'farm', '', sets[0].classes, ids, source.hash, source)
+
 # %% ../nbs/01_data.ipynb #0b384652
 def embedded(
-    preset: str = 'wsss', # Name in `PRESETS`
+    preset: str = 'wsss', # Name in `PRESETS`, or several with + between them: their pictures in turn
     seed: int = 0, # Another seed, other pictures
     size: int = 96, # Side in pixels
     train: int = 4000, # Images of split train
@@ -244,7 +278,11 @@ def embedded(
     camouflage: float = 0., # 0..1: body colours move towards the ground
     occlusion: float = 0., # 0..1: probability and size of a patch over each object
 ) -> Set: # Drawn at first use, then cached
-    "The embedded set. `wsss_broken` has a test split only. Raises: `BadInput` for an unknown preset or a value out of range."
+    "The embedded set. `wsss_broken` has a test split only. Raises: `BadInput` for an unknown preset or a value out of range, and for a number of pictures that several presets cannot share."
+    names = preset.split('+')
+    if len(names) > 1:
+        require(all(n % len(names) == 0 for n in (train, val, test)), f'{train}/{val}/{test} images of {preset}', f'multiples of {len(names)}', 'choose other numbers')
+        return mixed([embedded(name, seed, size, *(n // len(names) for n in (train, val, test)), camouflage, occlusion) for name in names])
     require(preset in PRESETS, f'preset "{preset}"', f'one of {list(PRESETS)}', 'check the name')
     require(0 <= camouflage <= 1 and 0 <= occlusion <= 1, f'camouflage {camouflage}, occlusion {occlusion}', 'both in 0..1', 'choose values in 0..1')
     require(size >= 16 and min(train, val, test) >= 0, f'size {size}, images {train}/{val}/{test}', 'size 16 or more, no negative number', 'choose other values')
