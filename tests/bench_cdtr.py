@@ -13,7 +13,7 @@ from parity_cdtr import LOSSES
 from reference_cdtr import PlainCDTR, plain_adamw, under_released_name
 from wsl_nb import cdtr
 from wsl_nb.cdtr_base import CUB_OFFICIAL
-from wsl_nb.cdtr_own import random_clip
+from wsl_nb.vit_clip import random_clip
 from wsl_nb.core import seed_everything, torch_rng
 from wsl_nb.data_farm import VOCABULARY
 from wsl_nb.training_config import make_optimizer
@@ -61,7 +61,7 @@ def same_branches(ours, other):
 
 def step_forms(cfg, classes, quick):
     "(plain step, ours, largest error of the losses, of the gradients, sides of the leaky ReLUs); a step is forward, backward and AdamW."
-    (ours, other), clip = twins(cfg, classes), random_clip(cfg.clip_model)
+    (ours, other), clip = twins(cfg, classes), random_clip(cfg.clip_model, list(VOCABULARY))
     thawed, names = deepcopy(clip).requires_grad_(True), list(VOCABULARY[:classes]) if quick else [f'species {i}' for i in range(classes)]
     image, target = scene(cfg, classes, cfg.batch)
     words, batch = [cfg.prompts[0].format(n) for n in names[:len(target)]], dict(image=image, label=F.one_hot(target, classes).float())

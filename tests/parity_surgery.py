@@ -80,7 +80,7 @@ def evaluated(s, config):
     for name, own in dict(v2='v2.pred_boxes', v2e='v2e.pred_boxes').items():
         pred = s[own]; boxes, pair, image, within = pairs_of(s, pred); classes = pred.shape[1]
         found = sc.box_rows(pred.flatten(0, 1), s[f'{name}.cam'].flatten(0, 1), boxes, pair)
-        rows |= {f'{name}.eval_rows': Near(torch.cat([torch.stack([image, within, pair % classes], 1).float(), found.objects], 1), 1e-6),
+        rows |= {f'{name}.eval_rows': Near(torch.cat([torch.stack([image, within, pair % classes], 1).float(), found.objects[:, :3]], 1), 1e-6),
                  f'{name}.eval_top1': Near(torch.stack([found.pairs // classes, found.pairs % classes, found.top1], 1), 1e-6)}
         tables = sc.box_summary(sc.count_boxes(found, pair % classes, found.pairs % classes, (boxes[:, 2:] - boxes[:, :2]).prod(1).sqrt() * 800, classes), [str(c) for c in range(classes)])
         for ours, stored in dict(oracle='oracle', local='local', centre='centre', cam_top1='top1').items():

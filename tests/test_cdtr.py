@@ -15,7 +15,7 @@ import parity
 import parity_cdtr
 import reference_cdtr as plain
 from wsl_nb import cdtr, cdtr_base as base, cdtr_weights
-from wsl_nb.cdtr_own import random_clip
+from wsl_nb.vit_clip import random_clip
 from wsl_nb.core import BadInput, normalise, rng, seed_everything, torch_rng
 from wsl_nb.data_transforms import crop_box, resize
 from wsl_nb.training_config import autocast
@@ -305,7 +305,7 @@ def test_first_losses_of_the_real_network():
     "Four images: three classifiers that know nothing, the lowest quarter of uniform attention, an object map near one half, a CLIP that sees no difference."
     cfg = replace(base.CUB_OFFICIAL, clip_model='farm', clip_dim=64, drop_path=0., precision='fp32', prompt_index='label'); seed_everything('first'); ours = cdtr.CDTR(cfg, 200).train()
     ours.text.copy_(F.normalize(noise(*ours.text.shape, key='text') + 3, dim=1)) # sentences are alike
-    with torch.no_grad(): terms = cdtr.losses(ours, dict(image=noise(4, 3, 224, 224), label=torch.eye(200)[[3, 50, 120, 199]]), 0, cfg, clip=random_clip('farm')); total = cdtr.total(terms, ours, 0, cfg)
+    with torch.no_grad(): terms = cdtr.losses(ours, dict(image=noise(4, 3, 224, 224), label=torch.eye(200)[[3, 50, 120, 199]]), 0, cfg, clip=random_clip('farm', list(VOCABULARY))); total = cdtr.total(terms, ours, 0, cfg)
     for k, value, room in (('cls', math.log(200), .1), ('csm', math.log(200), .2), ('ski', math.log(200), .3), ('area', 4 * .0078, .003), ('map', .26, .03), ('sba', math.log(2), .05)): assert terms[k].item() == pytest.approx(value, abs=room), k
     assert total.item() == pytest.approx(13.2, abs=.3)
 
@@ -351,7 +351,7 @@ def test_catr_weights_do_not_go_into_cdtr():
 
 def test_clip_gets_no_gradient_and_is_no_part_of_the_model():
     "The released code leaves CLIP's 151 million weights to pile up gradients that nobody reads."
-    cfg = replace(TINY, clip_model='farm', clip_dim=64); ours = cdtr.CDTR(cfg, CLASSES).train(); ours.text.copy_(sentences(64)); clip = random_clip('farm')
+    cfg = replace(TINY, clip_model='farm', clip_dim=64); ours = cdtr.CDTR(cfg, CLASSES).train(); ours.text.copy_(sentences(64)); clip = random_clip('farm', list(VOCABULARY))
     cdtr.total(cdtr.losses(ours, batch(), 0, cfg, clip=clip), ours, 0, cfg).backward()
     assert all(p.grad is None and not p.requires_grad for p in clip.parameters()) and not clip.training
     assert not {id(p) for g in cdtr.groups(ours, cfg) for p in g['params']} & {id(p) for p in clip.parameters()} and set(ours.state_dict()) == {'text', *dict(ours.named_parameters()), *dict(ours.named_buffers())}

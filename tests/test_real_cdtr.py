@@ -82,7 +82,7 @@ def test_full_width(data_root, photos, tmp_path, name): # noqa: F811
 def test_one_step_with_clip_from_a_file(data_root, tmp_path, capsys):
     "CLIP ViT-B/32 with random weights, written to a file and read as a released one would be: prompts, six losses, one update; CLIP does not change."
     root, _ = coco_to_learn_from(data_root, tmp_path); file, table = tmp_path/'ViT-B-32.safetensors', []; torch.manual_seed(0)
-    save_file({k: v.contiguous() for k, v in cdtr_own.random_clip(CUB.clip_model).state_dict().items()}, file); before, out = file_hash(file), tmp_path/'run'
+    save_file({k: v.contiguous() for k, v in random_clip(CUB.clip_model).state_dict().items()}, file); before, out = file_hash(file), tmp_path/'run'
     text = finished(tmp_path, table, 'train, 1 step with CLIP ViT-B/32', 'train', 'cdtr', '--preset', 'CUB', '--layout', 'wsol', '--data', root, '--boxes', 'half-open', '--train_split', 'train', '--eval_split', '', '--clip_file', file, '--out', out, '--batch', '2', '--accumulate', '1', '--epochs', '0', '--steps', '1', '--schedule', 'constant', '--precision', 'fp32', '--log_every', '1')
     assert 'ViT-B-32.safetensors: 302 tensors' in text and file_hash(file) == before
     line, = (l for l in read_log(out) if 'terms' in l); assert set(line['terms']) == TERMS | {'sba'} and line['weights']['sba'] == 2.4 and 0 < line['terms']['sba'] < 9.3 # random towers: the clamp at 1e-4 may hold

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHOWN_SIDE', 'SCORED_BY', 'IMAGES', 'photograph_size', 'predict', 'loc_rows', 'draw_verdict', 'draw_thresholds',
-           'evaluation_files', 'random_clip', 'step_cost', 'cost_rows']
+           'evaluation_files', 'step_cost', 'cost_rows']
 
 # %% ../nbs/03f_cdtr_own.ipynb #e79ddd9a
 import json
@@ -27,7 +27,7 @@ from .training import each_once
 from .training_config import autocast, make_optimizer
 from .training_order import to_device, world
 from .training_records import cost_row, updates_cost
-from .vit_clip import OPENAI_MEAN, OPENAI_STD, clip_farm, equip, freeze
+from .vit_clip import random_clip
 
 # %% ../nbs/03f_cdtr_own.ipynb #6ad00854
 def photograph_size(
@@ -151,18 +151,6 @@ def evaluation_files(
 # %% ../nbs/03f_cdtr_own.ipynb #2ffb8439
 IMAGES = dict(cub_trainval=5994, cub_train=5400, ilsvrc_train=1281167) # Layout and split -> its images; the embedded ones are counted by the recipe
 
-# %% ../nbs/03f_cdtr_own.ipynb #36af5cd2
-def random_clip(
-    name: str, # Model in open_clip, or 'farm'
-) -> nn.Module: # Frozen CLIP with `tokenizer`, `mean`, `std`, `side`
-    "A CLIP with random weights: it costs what the real one costs, and knows nothing. Raises: `BadInput` for an unknown name."
-    if name == 'farm': return freeze(clip_farm(list(VOCABULARY)))
-    import open_clip
-    shape = open_clip.get_model_config(name)
-    require(shape, f'CLIP "{name}"', 'a name that open_clip knows, e.g. ViT-B-32-quickgelu', 'check --clip_model')
-    clip = open_clip.model.CLIP(shape['embed_dim'], shape['vision_cfg'], shape['text_cfg'], quick_gelu=bool(shape.get('quick_gelu')))
-    return freeze(equip(clip, open_clip.SimpleTokenizer(context_length=clip.context_length), OPENAI_MEAN, OPENAI_STD))
-
 # %% ../nbs/03f_cdtr_own.ipynb #580069ab
 def step_cost(
     cfg: CDTRConfig, # Recipe at full size
@@ -175,7 +163,7 @@ def step_cost(
     device, classes = PartialState().device, classes or dict(cub=200, ilsvrc=1000).get(cfg.layout, 8)
     own = replace(cfg, batch=batch or cfg.batch, precision='fp32' if device.type == 'cpu' and cfg.precision == 'fp16' else cfg.precision)
     require(not own.w_sba or own.prompt_index != 'position' or own.batch <= classes, f'batch {own.batch} with prompts by position and {classes} classes', 'a class for each place in the batch', 'say --batch, or another preset')
-    seed_everything('cost'); model, clip = CDTR(own, classes).to(device).train(), random_clip(own.clip_model).to(device) if own.w_sba else None
+    seed_everything('cost'); model, clip = CDTR(own, classes).to(device).train(), random_clip(own.clip_model, list(VOCABULARY)).to(device) if own.w_sba else None
     if clip is not None: model.text.copy_(F.normalize(torch.randn(model.text.shape, generator=torch_rng('cost', 'text')), dim=1))
     update, noise = make_optimizer(own, groups(model, own)), torch.rand(own.batch, 3, own.crop, own.crop, generator=torch_rng('cost'))
     data = to_device(dict(image=normalise(noise), label=torch.eye(classes)[torch.arange(own.batch) % classes]), device)

@@ -20,9 +20,10 @@ from .core import ASSETS, normalise, require
 from .data_farm import VOCABULARY
 from .data_transforms import resize
 from .training import RunConfig
+from .training_checkpoint import load_weights
 from .training_records import preset_of
 from .vit import text_features
-from .vit_clip import farm_clip, load_clip
+from .vit_clip import farm_clip, load_clip, random_clip, read_clip_file
 
 # %% ../nbs/05b_surgery_base.ipynb #380188a5
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class SurgeryConfig(RunConfig):
     init: str = '' # Weight file of a head to start from; empty: random
     # the frozen CLIP
     clip_model: str = 'ViT-B-32' # Name in open_clip, or 'farm' for the small one of the lessons
-    clip_file: str = '' # Its weight file, e.g. RemoteCLIP-ViT-B-32.pt; not needed for 'farm'
+    clip_file: str = '' # Its weight file, e.g. RemoteCLIP-ViT-B-32.pt; 'farm' without one is the shipped one
     activation: Literal['auto', 'quickgelu', 'gelu'] = 'auto' # Activation of its blocks; 'auto' says how it decides
     side: int = 448 # Side of the square input, pixels
     position_mode: Literal['bilinear', 'bicubic'] = 'bilinear' # Positions on other grids than its own
@@ -130,7 +131,10 @@ def tower(
     say=print, # Gets the line that says what was loaded
 ) -> nn.Module: # Frozen, with `tokenizer`, `mean`, `std`, `side`
     "The CLIP of a recipe. Raises: `BadInput` for an unknown model, or a file that is missing or does not fit."
-    if cfg.clip_model == 'farm': return farm_clip(list(VOCABULARY))
+    if cfg.clip_model == 'farm' and not cfg.clip_file: return farm_clip(list(VOCABULARY))
+    if cfg.clip_model == 'farm':
+        clip, (state, _) = random_clip('farm', list(VOCABULARY)), read_clip_file(cfg.clip_file); load_weights(clip, state, cfg.clip_file)
+        return clip
     require(cfg.clip_file, f'no clip_file for {cfg.clip_model}', 'a file of its weights', 'say --clip_file FILE, e.g. RemoteCLIP-ViT-B-32.pt (wsl-nb data fetch remoteclip says where it is), or --clip_model farm')
     return load_clip(cfg.clip_model, cfg.clip_file, dict(auto=None, quickgelu=True, gelu=False)[cfg.activation], say=say)
 
@@ -139,7 +143,7 @@ def clip_path(
     cfg: SurgeryConfig, # Recipe
 ) -> Path: # Of the weight file
     "The file on which the frozen features depend; 'farm' is one of the package."
-    return ASSETS/'clip_farm.safetensors' if cfg.clip_model == 'farm' else Path(cfg.clip_file)
+    return ASSETS/'clip_farm.safetensors' if cfg.clip_model == 'farm' and not cfg.clip_file else Path(cfg.clip_file)
 
 # %% ../nbs/05b_surgery_base.ipynb #36bf29b5
 def class_words(

@@ -21,7 +21,7 @@ from .metrics import record
 from .surgery import as_grid, check_tower, feature_surgery, positions_for, scores_of, surgery
 from .surgery_base import BoxView, SurgeryConfig, preset_name
 from .surgery_localisation import pair_iou
-from .surgery_recipe import Surgery, clip_of, count_split, every_box, how_made, truth_of
+from .surgery_recipe import ABLATIONS, Surgery, clip_of, count_split, every_box, how_made, truth_of
 from .surgery_scores import box_summary, prior_rows
 from .training import each_once
 from .training_order import gather_processes
@@ -135,9 +135,11 @@ def compare_boxes(
     for kind in MAPS: found[f'map above a threshold: {kind}'] = iou_scores(test[kind][:, int((val[kind] >= .5).mean(0).argmax())])
     seed_everything(cfg.seed, 'untrained'); untrained = Surgery(cfg, len(part.classes)).to(device).eval(); untrained.texts.copy_(texts); untrained.prior.copy_(model.prior)
     for name, one in dict(untrained=untrained, trained=model).items():
-        table = box_summary(count_split(one, part, cfg), list(part.classes))
-        found[f'{name} head, cell of the highest map'] = {k: v for k, v in table['cam_top1']['micro'].items() if k != 'n'}
-        found |= {f'{name} head, {c}': {k: v for k, v in table[c]['micro'].items() if k != 'n'} for c in ('centre', 'local', 'oracle')}
+        table = box_summary(count_split(one, part, cfg), list(part.classes)); only = lambda t, c: {k: v for k, v in t[c]['micro'].items() if k != 'n'}
+        found |= {f'{name} head, cell of the highest map': only(table, 'cam_top1'), f'{name} head, five peaks': only(table, 'peaks')} | {f'{name} head, {c}': only(table, c) for c in ('centre', 'local', 'oracle')}
+    for maps in ABLATIONS:
+        table = box_summary(count_split(model, part, cfg, maps), list(part.classes))
+        found |= {f'trained head, maps {maps}, {c}': only(table, c) for c in ('centre', 'local')} | ({f'trained head, maps {maps}, cell of the highest map (oracle)': only(table, 'cam_top1')} if maps == 'true' else {})
     boxes, labels = every_box(part); prior = prior_rows(boxes, labels, model.prior.cpu(), cfg.grid).numpy()
     return found | {'typical size at the best cell, oracle': iou_scores(prior[:, 0]), 'typical size at the true centre': iou_scores(prior[:, 1])}
 

@@ -70,7 +70,7 @@ def box_table(
     for r in results['grid']:
         name, _, metric = r.metric.rpartition(': ')
         if name: by.setdefault(name, []).append(replace(r, metric=metric))
-    for choice, words in dict(cam_top1='cell of the highest map', centre='centre', local='local', oracle='oracle').items():
+    for choice, words in dict(cam_top1='cell of the highest map', peaks='five peaks', centre='centre', local='local', oracle='oracle').items():
         by[f'earlier head, {words}'] = [replace(r, metric=r.metric.removeprefix(f'{choice} ')) for r in results.get('earlier', []) if r.metric.startswith(f'{choice} ') and 'macro' not in r.metric]
     metrics = ('mean IoU', 'acc@0.3', 'acc@0.5', 'acc@0.7'); looks = lambda name: 'box' if 'oracle' in name or 'local' in name else 'centre' if 'centre' in name else 'no'
     flat = {name: {row['metric']: row[name] for row in table_rows({name: rows}, metrics)} for name, rows in by.items() if rows}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPENAI_MEAN', 'OPENAI_STD', 'WordTokenizer', 'clip_farm', 'equip', 'freeze', 'image_features', 'similarity',
-           'farm_clip', 'read_clip_file', 'choose_activation', 'load_clip']
+           'farm_clip', 'read_clip_file', 'choose_activation', 'load_clip', 'random_clip']
 
 # %% ../nbs/13c_vit_clip.ipynb #f272a8b0
 import difflib, pickle, zipfile
@@ -241,3 +241,14 @@ def load_clip(
     clip.load_state_dict(_fit(clip, state, Path(file).name))
     say(f'{Path(file).name}: {len(clip.state_dict())} tensors ({form}), side {vision.get("image_size", 224)}, {"QuickGELU" if quick else "GELU"} ({why})')
     return freeze(equip(clip, open_clip.SimpleTokenizer(context_length=clip.context_length), mean, std))
+
+# %% ../nbs/13c_vit_clip.ipynb #9ae675ad
+def random_clip(
+    name: str, # A name that open_clip knows, or 'farm'
+    words: list[str] = (), # Vocabulary of 'farm'
+) -> nn.Module: # Frozen, with `tokenizer`, `mean`, `std`, `side`; weights from the global generator
+    "A CLIP that costs what the real one costs, and knows nothing. Raises: `BadInput` for an unknown name."
+    if name == 'farm': return freeze(clip_farm(list(words)))
+    import open_clip
+    cfg = _clip_config(name); clip = open_clip.model.CLIP(cfg['embed_dim'], cfg['vision_cfg'], cfg['text_cfg'], quick_gelu=bool(cfg.get('quick_gelu')))
+    return freeze(equip(clip, open_clip.SimpleTokenizer(context_length=clip.context_length), OPENAI_MEAN, OPENAI_STD))

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['STYLE', 'TRUTH', 'PREDICTION', 'DPI', 'PAGE', 'SECTION', 'Picture', 'png', 'pixels', 'save_figure', 'styled',
            'panels', 'to_array', 'to_rgb', 'to_grey', 'resize_map', 'shrink', 'overlay', 'outline', 'draw_maps',
-           'draw_grid', 'strip', 'class_colours', 'colour_labels', 'draw_labels', 'draw_boxes', 'log_values', 'chart',
-           'draw_curves', 'draw_matrix', 'draw_bars', 'draw_lines', 'cell_text', 'table_of', 'markdown_table',
-           'html_table', 'section_html', 'report_html']
+           'draw_grid', 'strip', 'class_colours', 'colour_labels', 'draw_labels', 'draw_boxes', 'draw_points',
+           'log_values', 'chart', 'draw_curves', 'draw_matrix', 'draw_bars', 'draw_lines', 'cell_text', 'table_of',
+           'markdown_table', 'html_table', 'section_html', 'report_html']
 
 # %% ../nbs/15_viz.ipynb #6ee45309
 import base64, functools, html, io, math
@@ -265,6 +265,22 @@ def draw_boxes(
         for i, (x1, y1, x2, y2) in enumerate(to_array(boxes).reshape(-1, 4)):
             ax.add_patch(Rectangle((x1 - .5, y1 - .5), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.6))
             if texts: ax.text(x1, y1, texts[i], color='white', backgroundcolor=colour, fontsize=6, va='top')
+    return figure
+
+# %% ../nbs/15_viz.ipynb #a39c7087
+@styled
+def draw_points(
+    image, # Any form that `to_rgb` takes, (H,W) pixels
+    points, # (n,2) x and y in pixels
+    kinds, # n times 1 for "inside" or 0 for "outside"
+    map_=None, # (h,w) in [0,1], laid over the image
+    title: str = '', # Above the picture
+    width: float = 2.4, # Inches
+) -> Figure: # One panel
+    "White points that are meant to be inside of something, black ones outside, over the grey image or a map."
+    grey = to_grey(image); (figure, (ax,)), points, kinds = panels(1, 1, width, width * grey.shape[0] / grey.shape[1]), to_array(points).reshape(-1, 2), to_array(kinds)
+    ax.imshow(grey if map_ is None else overlay(image, map_)); ax.set_title(title)
+    for kind, colour, other in ((0, 'black', 'white'), (1, 'white', 'black')): ax.plot(*points[kinds == kind].T, 'o', color=colour, markeredgecolor=other, markersize=4)
     return figure
 
 # %% ../nbs/15_viz.ipynb #09fad7a1
