@@ -138,7 +138,7 @@ def show_points(
     import numpy as np
     from wsl_nb.viz import draw_boxes, draw_maps, draw_points, save_figure, shrink, strip
     shown = shrink(image); factor = np.array([shown.shape[i] / image.shape[i] for i in (1, 0)]); titles = {c: f'{names[c]} {float(found["scores"][c]):.2f}' for c in list(found['points'])[:4]}; chosen = 'architecture surgery'
-    rows = [draw_maps(shown, [m[c] for m in found['treatments'].values()], [title, *list(found['treatments'])[1:]], width=1.4) for c, title in titles.items()]
+    rows = [draw_maps(shown, [m[c] for m in found['treatments'].values()], [f'{title}: {k}' if not i else k for i, k in enumerate(found['treatments'])], width=1.4) for c, title in titles.items()]
     dots = [draw_points(shown, found['points'][c][0] * factor, found['points'][c][1], found['treatments'][chosen][c], title) for c, title in titles.items()]
     figures, captions = dict(maps=strip(rows, columns=1), points=strip(dots, columns=4)), [', '.join(titles.values()), f'points over the maps of {chosen}: white inside, black outside']
     if 'boxes' in found: figures['boxes'] = draw_boxes(shown, predicted=[[v * f for v, f in zip(found['boxes'][c], [*factor] * 2)] for c in titles], names=list(titles.values())); captions.append('boxes of the head at the cell where the map is highest')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEMPLATES', 'CLIP_FARM', 'ClipConfig', 'clip_data', 'Pair', 'Joined', 'train_split', 'contrastive_loss',
            'clip_weights', 'clip_losses', 'build_clip', 'clip_groups', 'encode_split', 'retrieval', 'zero_shot',
-           'evaluate_clip', 'train_clip', 'load_clip_run', 'make_clip', 'shipped_clip']
+           'evaluate_clip', 'train_clip', 'load_clip_run', 'make_clip', 'shipped_clip', 'trained_clip']
 
 # %% ../nbs/19c_pretrain_clip.ipynb #726dcf68
 import tempfile, time
@@ -277,3 +277,16 @@ def shipped_clip(
     clip, (_, note) = farm_clip(VOCABULARY, folder), asset('clip_farm', folder)
     cfg = ClipConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in note['recipe'].items()}); clip.templates = TEMPLATES[note['templates']]
     return clip, cfg, [from_row(r) for r in note['scores']], note['curve']
+
+# %% ../nbs/19c_pretrain_clip.ipynb #949f5d18
+def trained_clip(
+    seed: int, # 0: the shipped one
+    folder: str | Path | None = None, # Where seed<N>/clip_farm.safetensors is or shall be kept; None: nowhere
+    **changes, # Fields of the recipe, for a trial
+) -> nn.Module: # Frozen
+    "The small CLIP of a training seed, trained if it is not there."
+    if seed == 0: return farm_clip(VOCABULARY)
+    with tempfile.TemporaryDirectory() as spare:
+        out = Path(folder or spare)/f'seed{seed}'; out.mkdir(parents=True, exist_ok=True)
+        if not (out/'clip_farm.safetensors').is_file(): make_clip(out, seed=seed, **changes)
+        return farm_clip(VOCABULARY, out)
