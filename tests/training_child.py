@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from wsl_nb import affinity_base, cdtr_base, training
+from wsl_nb import affinity_base, cdtr_base, surgery_base, training
 from wsl_nb.data import embedded
 from wsl_nb.more_base import LAPTOP
 
@@ -48,7 +48,16 @@ def cdtr():
     return cdtr_recipe, CDTR_TINY, lambda cfg: embedded(cfg.data_preset, size=cfg.crop, train=cfg.data_train, val=cfg.data_eval, test=cfg.data_eval)
 
 
-METHODS = dict(linear=linear, more=more, affinity=affinity, cdtr=cdtr) # a method joins here with a config of some seconds
+SURGERY_TINY = replace(surgery_base.LAPTOP, data_train=12, data_eval=4, width=16, steps=10, batch=2, warmup=2, checkpoint_every=2, log_every=1) # The head on features of the shipped CLIP, kept in memory
+
+
+def surgery():
+    "The localisation head at the size of a stamp, on drawn images."
+    from wsl_nb import surgery_recipe
+    return surgery_recipe, SURGERY_TINY, lambda cfg: embedded(cfg.data_preset, size=96, train=cfg.data_train, val=cfg.data_eval, test=cfg.data_eval)
+
+
+METHODS = dict(linear=linear, more=more, affinity=affinity, cdtr=cdtr, surgery=surgery) # a method joins here with a config of some seconds
 
 
 def prepare(method, changes):

@@ -25,7 +25,7 @@ from .surgery_base import VIEWS, BoxView, SurgeryConfig, class_texts, clip_path,
 from .surgery_localisation import box_losses, centre_cells, decode_cell, decode_grid, head_of, match, size_prior, standardise
 from .surgery_scores import BoxRows, box_rows, box_summary, count_boxes
 from .training import Run, each_once, lr_factor, sum_processes
-from .training_checkpoint import checkpoint, checkpoints, load_model, read_config
+from .training_checkpoint import checkpoint, checkpoints, load_model, load_weights, read_config, read_weights
 from .training_records import check_splits, check_start, note_start, provenance
 
 # %% ../nbs/05d_surgery_recipe.ipynb #c1fe05a8
@@ -246,9 +246,11 @@ def new_model(
     cfg: SurgeryConfig, # Recipe
     data, # `data.Set` that is learnt from
     clip: nn.Module, # Of the recipe
+    fresh: bool = True, # False: weights will come from a checkpoint, `init` is not read
 ) -> Surgery: # Ready to train
-    "A random head with the vectors of the classes and their prior sizes."
+    "A head, random or from `init`, with the vectors of the classes and their prior sizes. Raises: `BadInput` if the file does not fit the head."
     seed_everything(cfg.seed, 'weights'); model = Surgery(cfg, len(data.classes))
+    if cfg.init and fresh: load_weights(model.head, {k.removeprefix('head.'): v for k, v in read_weights(cfg.init).items() if k.startswith('head.')}, cfg.init)
     model.texts.copy_(class_texts(clip, cfg, list(data.classes)))
     model.prior.copy_(known_sizes(data.split(cfg.train_split), len(data.classes), cfg.prior))
     return model
@@ -261,9 +263,9 @@ def train(
     resume: bool = False, # Go on from its last checkpoint
 ) -> dict: # What result.json holds
     "Trains the head on boxes of classes that are given; CLIP is frozen, and with `cache` asked once for every image and view."
-    check_recipe(cfg, data); out, files = Path(out), dict(clip_file=clip_path(cfg))
+    check_recipe(cfg, data); out, files = Path(out), dict(init=cfg.init, clip_file=clip_path(cfg))
     if resume: check_start(out, **files)
-    clip, own = clip_of(cfg), learnt_part(cfg, data); model = new_model(cfg, own, clip)
+    clip, own = clip_of(cfg), learnt_part(cfg, data); model = new_model(cfg, own, clip, not (resume and checkpoints(out)))
     split = own.split(cfg.train_split, ('image', 'boxes'), BoxView(cfg.side, clip.mean, clip.std, cfg.augment))
     run = Run(cfg, out, resume, model, groups(model, cfg), lr_factor, split)
     if run.rank == 0 and run.step == 0: note_start(run.out, **files)
