@@ -266,6 +266,7 @@ def train(
     check_recipe(cfg, data); out, files = Path(out), dict(init=cfg.init, clip_file=clip_path(cfg))
     if resume: check_start(out, **files)
     clip, own = clip_of(cfg), learnt_part(cfg, data); model = new_model(cfg, own, clip, not (resume and checkpoints(out)))
+    frozen_features(clip, torch.zeros(1, 3, cfg.side, cfg.side), model.texts, cfg) # what CLIP or its blocks refuse is refused before there is a folder
     split = own.split(cfg.train_split, ('image', 'boxes'), BoxView(cfg.side, clip.mean, clip.std, cfg.augment))
     run = Run(cfg, out, resume, model, groups(model, cfg), lr_factor, split)
     if run.rank == 0 and run.step == 0: note_start(run.out, **files)
@@ -274,7 +275,7 @@ def train(
     for step, batch in run:
         features = cache(batch, run.device) if cache else frozen_features(clip, batch['image'], run.model.texts, cfg)
         with run.forward(): terms = losses(run.model, batch, step, cfg, features)
-        run.update(terms, total(terms, run.model, step, cfg), weights(cfg, step), dict(features=features))
+        run.update(terms, total(terms, run.model, step, cfg), weights(cfg, step), dict(features=tuple(features)))
         if cfg.eval_split and run.due('evaluate'): run.record(evaluate(run.plain_model, scored.first(cfg.eval_images if cfg.eval_images < len(scored) else 0), cfg))
     return run.close()
 
