@@ -12,8 +12,7 @@ from torch import nn
 
 from wsl_nb import cli
 from wsl_nb.core import BadInput, seed_everything, torch_rng
-from wsl_nb.formats_aerial import DIOR_WORDS
-DIOR_CLASSES = VHR10_CLASSES = ["a"]*10
+from wsl_nb.formats_aerial import DIOR_CLASSES, DIOR_WORDS, VHR10_CLASSES
 from wsl_nb.surgery import (TREATMENTS, as_grid, attention_rows, check_tower, class_weights, compare, enlarged, feature_surgery, fused, layer_maps, positions_for, project, ranked_cells, read_blocks, read_out, sam_points, scores_of,
                             split_heads, stretch, surgery, word_maps)
 from wsl_nb.surgery_base import CHANGES, DIOR, DIOR_EARLIER, LAPTOP, NESTED, PRESETS, SurgeryConfig, class_texts, class_words, preset_name, prompt_set, tower

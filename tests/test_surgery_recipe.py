@@ -149,7 +149,7 @@ def test_a_changed_field_is_named_on_resume(run, tmp_path, capsys, words, says):
 @pytest.fixture(scope='module')
 def chains(tmp_path_factory):
     "A function from a layout to (folder of data, finished run), trained by the command line."
-    patch = pytest.MonkeyPatch(); patch.setenv('WSL_NB_CACHE', str(tmp_path_factory.mktemp('cache'))); made, data = {}, embedded('small+hard', train=14, val=6, test=5, size=96)
+    patch = pytest.MonkeyPatch(); patch.setenv('WSL_NB_CACHE', str(tmp_path_factory.mktemp('cache'))); made, data = {}, embedded('small+hard', train=14, val=6, test=4, size=96)
     def chain(layout):
         if layout not in made:
             folder = tmp_path_factory.mktemp(f'run_{layout}'); root = export(data, layout, folder/layout)

@@ -112,8 +112,8 @@ def open_data(
     from wsl_nb import data
     from wsl_nb.core import require
     layout, said = getattr(cfg, 'layout', 'embedded'), {k: v for k in ('boxes', 'truth') if (v := getattr(args, k, None))}
-    fits = {'wsol': {'boxes'}, 'ilsvrc': {'boxes', 'truth'}}.get(layout, set())
-    require(set(said) <= fits, f'--{" --".join(said)} with the layout "{layout}"', '--boxes with wsol and ilsvrc, --truth with ilsvrc', 'leave it out: this layout has one form')
+    fits = {'wsol': {'boxes'}, 'ilsvrc': {'boxes', 'truth'}, 'dior': {'boxes'}}.get(layout, set())
+    require(set(said) <= fits, f'--{" --".join(said)} with the layout "{layout}"', '--boxes with wsol, ilsvrc and dior, --truth with ilsvrc', 'leave it out: this layout has one form')
     if layout == 'embedded':
         require(folder is None, f'--data {folder} with the layout "embedded"', 'no folder, or the layout of that folder', 'choose a preset for real data, or name the layout, e.g. --layout voc, or --layout folder for your own pictures')
         return data.embedded_of(cfg)
@@ -374,7 +374,7 @@ OPTIONS = {
     '--protocol': dict(help='how maps or boxes are made and scored: names with commas, or all; without it the validation of the recipe'), '--processes': dict(type=int, default=0, help='worker processes of the dense CRF (0: none)'),
     '--batch': dict(type=int, help='images an update, without it those of the recipe; with --find-batch-size the most that are tried'),
     '--find-batch-size': dict(action='store_true', help='measure 1, 2, 4, … images an update, until they no longer fit'), '--memory': dict(type=float, metavar='GB', help='what --find-batch-size may use (the GPU; without one, 90 %% of this machine)'),
-    '--boxes': dict(choices=['inclusive', 'half-open', 'voc'], help='what a list of boxes names: the last pixel inside, the first outside, or as VOC, counted from 1 (inclusive; wsol and ilsvrc)'),
+    '--boxes': dict(choices=['inclusive', 'half-open', 'voc', 'horizontal', 'oriented'], help='what a list of boxes names: the last pixel inside, the first outside, or as VOC, counted from 1 (inclusive; wsol and ilsvrc); which annotations are read (horizontal; dior)'),
     '--truth': dict(choices=['all', 'one'], help='boxes of an image that count (all, where a list has them; ilsvrc)'),
     '--over': dict(nargs='+', action='extend', metavar='FIELD=A,B', help='a field and its values, with commas; true and false for switches, a+b for a field of several values'),
     '--metric': dict(default='', help='metrics of the table and the charts: parts of their names, with commas; without it those of the kind that the method puts first'),

@@ -88,11 +88,10 @@ def data_check(
     "`wsl-nb data check LAYOUT DIR`: what is missing, surplus or broken, each with its cure; exit 2 if there is anything."
     from wsl_nb.core import require
     from wsl_nb.formats import LAYOUTS
-    from wsl_nb.formats_write import WRITERS
-    require(args.layout in LAYOUTS, f'layout "{args.layout}"', f'one of {", ".join(LAYOUTS)}', 'check the name' if args.layout not in WRITERS else 'this layout is written for other programs; this version does not read it yet')
+    require(args.layout in LAYOUTS, f'layout "{args.layout}"', f'one of {", ".join(LAYOUTS)}', 'check the name')
     require(Path(args.folder).is_dir(), f'no folder {args.folder}', 'the folder of the data', 'check the name')
     from wsl_nb.formats_check import check
-    require(args.boxes is None or args.layout in ('wsol', 'ilsvrc'), f'--boxes with the layout "{args.layout}"', 'wsol or ilsvrc', 'leave it out: this layout has one form')
+    require(args.boxes is None or args.layout in ('wsol', 'ilsvrc', 'dior'), f'--boxes with the layout "{args.layout}"', 'wsol, ilsvrc or dior', 'leave it out: this layout has one form')
     findings = check(args.folder, args.layout, *filter(None, [args.boxes]))
     for f in findings: print(f)
     print(f'{len(findings)} finding{"s" * (len(findings) > 1)}' if findings else 'complete and sound')

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from .core import BadInput, read_image
-from .formats import ENDINGS, LOCATED, VOC_CLASSES, all_folders, coco_splits, decode_region, find_root, folder_sizes, mask_file, own_rows, read_list, read_xml, visible, unread
+from .formats import AERIAL, ENDINGS, LOCATED, VOC_CLASSES, all_folders, coco_splits, decode_region, find_root, folder_sizes, mask_file, own_rows, read_list, read_xml, visible, unread
 
 # %% ../nbs/18a_formats_check.ipynb #8e82f1f4
 @dataclass(frozen=True)
@@ -95,6 +95,13 @@ CURES |= dict(
     untrue=('missing', 'image without a box', 'restore the list of boxes, or remove these files'),
     partial=('broken', 'class numbers, but the folders at hand are not all classes and no file names them', 'put synsets.txt with all classes beside train and val'),
 ) # Those of CUB, WSOL lists and ILSVRC
+
+# %% ../nbs/18a_formats_check.ipynb #fcb75004
+CURES |= dict(
+    flat=('broken', 'box without width or height, which is left out', 'restore the annotation from the official archive'),
+    form=('broken', 'oriented boxes among horizontal ones, or the other way round', "restore the folder, or open and check the set with the other form of boxes: both are different ground truths"),
+    object=('broken', 'line other than "(x1,y1),(x2,y2),class"', 'restore the file from the official archive'),
+) # Those of DIOR and NWPU VHR-10
 
 # %% ../nbs/18a_formats_check.ipynb #5cb28281
 class Faults:
@@ -303,7 +310,7 @@ def check_folder(
 def check(
     root: str | Path, # Folder of the set, or a usual parent
     layout: str, # One of `formats.LAYOUTS`
-    boxes: str = 'inclusive', # WSOL lists and ILSVRC only: what the numbers of a box mean, see `formats_wsol.BOXES`
+    boxes: str = 'inclusive', # WSOL lists and ILSVRC: what the numbers of a box mean, see `formats_wsol.BOXES`; DIOR: 'horizontal' or 'oriented'
 ) -> list: # Of `Finding`; empty when all is well
     "All that is missing, surplus or broken in a set, each with a cure. Raises: `BadInput` for an unknown layout."
     try: found = find_root(root, layout)
@@ -317,4 +324,7 @@ def check(
     if layout in LOCATED:
         from wsl_nb.formats_ilsvrc import check_located # likewise
         return check_located(found, layout, boxes)
+    if layout in AERIAL:
+        from wsl_nb.formats_aerial import aerial_form, check_dior, check_vhr10 # likewise
+        return dict(dior=check_dior, vhr10=check_vhr10)[layout](found, *aerial_form(layout, boxes))
     return check_voc(found) if layout == 'voc' else check_coco(found, layout.removeprefix('coco'))

@@ -6,8 +6,8 @@
 __all__ = ['WRITERS', 'TRAIN_AUG', 'official_rows', 'write_lines', 'element', 'write_tree', 'write_xml', 'export_voc',
            'instance_masks', 'coco_annotations', 'export_coco', 'class_folder', 'one_class', 'export_cub',
            'last_pixels', 'note_image', 'write_notes', 'export_wsol', 'export_ilsvrc', 'trimap', 'export_pet',
-           'export_dior', 'export_folder', 'export', 'find_sbd', 'read_sbd', 'train_aug_ids', 'aug_mask',
-           'build_train_aug']
+           'export_dior', 'export_vhr10', 'export_folder', 'export', 'find_sbd', 'read_sbd', 'train_aug_ids',
+           'aug_mask', 'build_train_aug']
 
 # %% ../nbs/18b_formats_write.ipynb #629481e0
 import functools, json
@@ -305,6 +305,22 @@ def export_dior(
     write_lines(folder/'classes.txt', data.classes)
     return folder
 
+# %% ../nbs/18b_formats_write.ipynb #4550a53f
+def export_vhr10(
+    data: Set, # Any set with boxes
+    folder: Path, # The folder to make
+) -> Path: # The same folder
+    "Writes the NWPU VHR-10 layout: a text file and a positive image each, lists of the splits beside them. Raises: `BadInput` for an image without an object."
+    lists = {}
+    for number, (split, i, _) in enumerate(official_rows(data), 1):
+        name, (boxes, kinds) = f'{number:03d}', data.source.read(split, i, 'boxes')
+        require(len(kinds), f'{data.splits[split][i]} without an object', 'one object or more', 'leave this image out: the layout has no file for it')
+        write_image(folder/'positive image set'/f'{name}.jpg', data.source.read(split, i, 'image')); lists.setdefault(split, []).append(name)
+        write_lines(folder/'ground truth'/f'{name}.txt', [f'({x0:g},{y0:g}),({x1:g},{y1:g}),{int(k) + 1}' for (x0, y0, x1, y1), k in zip(np.asarray(boxes, float).tolist(), kinds)])
+    for split, names in lists.items(): write_lines(folder/'splits'/f'{split}.txt', names)
+    write_lines(folder/'classes.txt', data.classes)
+    return folder
+
 # %% ../nbs/18b_formats_write.ipynb #cf35e049
 def export_folder(
     data: Set, # Any set
@@ -335,6 +351,7 @@ WRITERS = {
     'ilsvrc': (export_ilsvrc, ('image', 'boxes')),
     'pet': (export_pet, ('image', 'mask', 'boxes')),
     'dior': (export_dior, ('image', 'boxes')),
+    'vhr10': (export_vhr10, ('image', 'boxes')),
     'folder': (export_folder, ('image', 'label')),
 } # Layout -> (writer, fields that it needs)
 
