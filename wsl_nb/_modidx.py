@@ -1628,6 +1628,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'wsl_nb.widgets_surgery.draw_sum': ('widgets_surgery.html#draw_sum', 'wsl_nb/widgets_surgery.py'),
                                         'wsl_nb.widgets_surgery.draw_words': ( 'widgets_surgery.html#draw_words',
                                                                                'wsl_nb/widgets_surgery.py'),
+                                        'wsl_nb.widgets_surgery.film': ('widgets_surgery.html#film', 'wsl_nb/widgets_surgery.py'),
                                         'wsl_nb.widgets_surgery.head_explorer': ( 'widgets_surgery.html#head_explorer',
                                                                                   'wsl_nb/widgets_surgery.py'),
                                         'wsl_nb.widgets_surgery.patch_shares': ( 'widgets_surgery.html#patch_shares',
