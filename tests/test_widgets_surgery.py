@@ -67,13 +67,9 @@ ALL = pytest.mark.parametrize('make', [words, rows, sums, heads], ids=lambda f: 
 
 
 @ALL
-def test_controls_change_the_picture_which_keeps_its_size(make):
+def test_every_control_changes_the_picture_quickly_and_says_so(make):
     explorer = make(); assert 'role="status"' in explorer.readout.value and all(len(box.options) > 1 for box in explorer.controls.values())
-    test_widgets_affinity.test_controls_change_the_picture_which_keeps_its_size(lambda: explorer)
-
-
-@ALL
-def test_a_move_is_quick_and_leaves_no_figure(make): test_widgets_affinity.test_a_move_is_quick_and_leaves_no_figure(make)
+    test_widgets_affinity.test_controls_change_the_picture_which_keeps_its_size(lambda: explorer); test_widgets_affinity.test_a_move_is_quick_and_leaves_no_figure(lambda: explorer)
 
 
 def test_scores_belong_to_their_maps_and_turn_with_them():
