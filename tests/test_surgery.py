@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bench_surgery_plain import materialised, two_paths
 from wsl_nb import cli
 from wsl_nb.core import BadInput, seed_everything, torch_rng
 from wsl_nb.formats_aerial import DIOR_CLASSES, DIOR_WORDS, VHR10_CLASSES
@@ -122,15 +123,6 @@ def test_attention_with_its_own_weights_is_that_of_torch():
 
 # --- feature surgery -----------------------------------------------------------------------------------------------
 
-def materialised(tokens, texts, temperature=2.):
-    "The released form: products of every token, class and channel, their mean over classes taken away, then the sum; a picture at a time."
-    tokens, out = F.normalize(tokens, dim=-1), []
-    for t in tokens:
-        share = (temperature * t[:1] @ texts.T).softmax(-1); w = share / share.mean(-1, keepdim=True)
-        products = t[:, None] * texts[None] * w.view(1, -1, 1); out.append((products - products.mean(1, keepdim=True)).sum(-1))
-    return torch.stack(out)
-
-
 @pytest.mark.parametrize('batch, length, classes', [(1, 50, 2), (3, 17, 20), (2, 1025, 59)])
 def test_closed_form_is_the_released_one(batch, length, classes):
     tokens, texts = noise(batch, length, 64), units(classes, 64); found = feature_surgery(tokens, texts)
@@ -161,6 +153,14 @@ def test_layers_are_the_running_sum():
     assert torch.allclose(maps[-1], word_maps(clip, images, texts, 4), atol=1e-6) and maps.shape == (4, 2, 6, 5, 5) and torch.allclose(fused(maps, (5, 5)), maps.mean(0), atol=1e-6) and fused(maps, (9, 2)).shape == (2, 6, 9, 2)
     centred = layer_maps(clip, found, texts, 2, centred=True); assert centred.mean(2).abs().max() < 1e-6 and torch.allclose(centred[-1], word_maps(clip, images, texts, 4, redundant=None), atol=1e-6)
     raw = layer_maps(clip, found, texts, 1, 'unnormed')[0]; assert torch.allclose(raw, as_grid(F.normalize(found.new[-1], dim=-1) @ clip.visual.proj @ texts.T, found.grid), atol=1e-6)
+
+
+@pytest.mark.parametrize('blocks', [1, 3, 4])
+def test_streams_are_those_of_two_paths_side_by_side(blocks):
+    "Hooks beside an unmodified pass, against both streams written out."
+    for quick in (True, False):
+        clip, images = small(quick), noise(2, 3, 40, 40)
+        with torch.no_grad(): assert torch.allclose(surgery(clip, images, blocks).tokens, two_paths(clip, images, clip.visual.positional_embedding, blocks), atol=2e-5)
 
 
 # --- points and words ----------------------------------------------------------------------------------------------

@@ -1097,6 +1097,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'wsl_nb.surgery_claims.score_heads': ('surgery_claims.html#score_heads', 'wsl_nb/surgery_claims.py'),
                                        'wsl_nb.surgery_claims.score_seed': ('surgery_claims.html#score_seed', 'wsl_nb/surgery_claims.py'),
                                        'wsl_nb.surgery_claims.score_seeds': ('surgery_claims.html#score_seeds', 'wsl_nb/surgery_claims.py'),
+                                       'wsl_nb.surgery_claims.shared_auc': ('surgery_claims.html#shared_auc', 'wsl_nb/surgery_claims.py'),
                                        'wsl_nb.surgery_claims.treatments_of': ( 'surgery_claims.html#treatments_of',
                                                                                 'wsl_nb/surgery_claims.py')},
             'wsl_nb.surgery_demo': { 'wsl_nb.surgery_demo.all_records': ('surgery_demo.html#all_records', 'wsl_nb/surgery_demo.py'),

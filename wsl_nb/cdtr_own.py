@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from .boxes import PROTOCOLS, Protocol, boxes_at, choose_threshold, enlarge, loc_curves, loc_row
 from .cdtr import CDTR, groups, losses, spoken, total

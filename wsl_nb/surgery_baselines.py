@@ -8,7 +8,6 @@ __all__ = ['MAPS', 'TAUS', 'Scored', 'grad_cam', 'class_cams', 'threshold_iou', 
 
 # %% ../nbs/05h_surgery_baselines.ipynb #3d1d7fdc
 import time
-from dataclasses import replace
 
 import numpy as np
 import torch

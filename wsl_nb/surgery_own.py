@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .boxes import PROTOCOLS, Protocol
+from .boxes import Protocol
 from .core import atomic, normalise, require, seed_everything, torch_rng
 from .data_farm import VOCABULARY
 from .maps import check_pictures, fitted_size
 from .surgery import TREATMENTS, as_grid, feature_surgery, project, sam_points, scores_of, stretch, surgery
-from .surgery_base import DIOR, PRESETS, BoxView, SurgeryConfig, class_texts, class_words, preset_name, prompt_set
+from .surgery_base import PRESETS, BoxView, SurgeryConfig, class_texts, class_words, preset_name, prompt_set
 from .surgery_recipe import Surgery, clip_of, count_split, frozen_features, groups, losses, total, truth_of
 from .surgery_scores import CHOICES, box_rows, box_summary
 from .training import each_once

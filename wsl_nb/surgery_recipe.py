@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from .core import require, seed_everything
-from .data import embedded_of
 from .metrics import record
 from .surgery import layer_maps, project, surgery
 from .surgery_base import VIEWS, BoxView, SurgeryConfig, class_texts, clip_path, preset_name, tower, turned
