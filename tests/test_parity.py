@@ -9,9 +9,10 @@ from safetensors.torch import load_file, save_file
 import parity
 
 GOLDEN = Path(__file__).parent/'golden'
-LEAST = dict(more=90, affinity=125, cdtr=890) # Method -> tensors compared at least
+LEAST = dict(more=90, affinity=125, cdtr=890, surgery=120) # Method -> tensors compared at least
 SPOILED = {'more': ['enc.block2.out', 'gcr.gate_prob', 'cam', 'loss.cre_early', 'grad.encoder.norm.weight', 'crf.Q', 'cre.neg_loss', 'label_bkg'],
            'affinity': ['r5_9x13_to', 'seed_os8.layer4_out', 'grad.f8_4.weight', 'norm_cam', 's1.label_map', 's0.fg_pos', 'final.tb1.bias', 'log.neg_cnt', 'p2.8', 'aff_dense_raw', 'pred', 'propagate_beta10_exp8', 'ignore.class38_iou'],
+           'surgery': ['block3.new', 'dual0.attn_new', 'maskclip_tokens', 'hi.surgery_tokens', 'ns.similarity_surgery', 'fs_weight', 'map_surgery', 'points.1', 'text_features_raw', 'seedcam_fused', 'pair.giou', 'v2.pos', 'v2.grad_raw', 'v2e.macro_local_0.5', 'seed.boxes', 'seed2.loss_giou', 'v2.eval_top1'],
            'cdtr/cub': ['cls_attn', 'tokens_after_block11', 'ocm_block8', 'ski_offset', 'L.loss_area', 'object_map_224_stride8', 'dnc_att_layer.conv_offset.weight', 'block3.0.weight', 'param.blocks.3.attn.qkv.bias', 'buffer.block_catbn.running_var', 'boxes'],
            'cdtr/components': ['csm.out_train', 'ski.map', 'loss_imnet.grad.pre_map', 'norm.out', 'box.boxes_nonsq', 'gtbox.xyxy', 'sampler.R4.rank3.epoch1', 'lr.seed_run', 'eval.metrics_thr_top1loc_top5loc_gtloc_acc1_acc5', 'maxbox.multi.correct_iou50_per_threshold', 'pxap.value']} # Method, or one of its sets -> tensors
 BATCHED = ('image', 'label', 'enc.*', 'out.*', 'gcr.*', 'cam*', 'lam*', 'denorm', 'label_*', 'mask_*', 'aff_mask', 'refined_pseudo_label')
@@ -57,7 +58,7 @@ def test_golden_vectors(capsys, method):
     assert (code, failed) == (0, 0) and compared >= LEAST[method] and compared / (compared + missing) >= .95
     assert text.splitlines()[-1] == f'{method}: {compared} compared, 0 failed, {missing} not covered'
     for row in text.splitlines()[:-1]: # every row says where it comes from
-        assert len(row) > 60 and any(w in row for w in ('official code', 'own oracle', 'torchvision', 'not covered: ')), row
+        assert len(row) > 60 and any(w in row for w in ('official code', 'own oracle', 'earlier report', 'own transcript', 'open_clip', 'torchvision', 'not covered: ')), row
     print(text.splitlines()[-1])
 
 
@@ -82,6 +83,14 @@ def test_directories_of_other_sizes(tmp_path, capsys):
     assert (code, failed, missing) == (0, 0, 0) and compared > 450, text
 
 
+def test_surgery_of_other_sizes(tmp_path, capsys):
+    "Other widths, depths, heads, grids, class counts and surgery blocks, computed by plain code; a directory alone, and both together."
+    import reference_surgery as plain
+    plain.write_directory(tmp_path/'sets'/'small', 1); plain.write_directory(tmp_path/'sets'/'deep', 2, layers=9, width=32, heads=4, classes=7, surgery_blocks=7, image_size=60, patch=12, out_hw=[40, 31], batch=3, grid_hw=[7, 7], objects=9, embed_dim=28, prompts=4, fs_temperature=3, down=1)
+    code, compared, failed, missing, text = counts(capsys, 'surgery', tmp_path/'sets'/'small'); assert (code, failed, missing) == (0, 0, 0) and compared > 95, text
+    code, both, failed, missing, text = counts(capsys, 'surgery', tmp_path/'sets'); assert (code, failed, missing) == (0, 0, 0) and both > 2 * compared, text
+
+
 @pytest.mark.parametrize('method, name', [(m, n) for m, names in SPOILED.items() for n in names])
 def test_one_changed_tensor_fails(tmp_path, capsys, method, name):
     def spoil(stem, k, v):
@@ -94,7 +103,7 @@ def test_one_changed_tensor_fails(tmp_path, capsys, method, name):
     assert code == 1 and failed == 1 and any(f'/{name} ' in r and 'FAILED' in r for r in text.splitlines()), text
 
 
-@pytest.mark.parametrize('method, output, weight, least', [('more', 'enc.tokens_in', 'encoder.norm.weight', 20), ('affinity', 'embedding', 'f9.weight', 12), ('cdtr/cub', 'tokens_after_block0', 'norm.weight', 20)])
+@pytest.mark.parametrize('method, output, weight, least', [('more', 'enc.tokens_in', 'encoder.norm.weight', 20), ('affinity', 'embedding', 'f9.weight', 12), ('cdtr/cub', 'tokens_after_block0', 'norm.weight', 20), ('surgery', 'surgery_tokens_norm', 'visual.ln_pre.weight', 20)])
 def test_permuted_tensors_and_other_weights_fail(tmp_path, capsys, method, output, weight, least):
     code, _, failed, _, _ = counts(capsys, method, copy(method, tmp_path/'a', lambda stem, k, v: v.flip(1) if k == output else v))
     assert (code, failed) == (1, 1)
@@ -111,7 +120,7 @@ def test_nan_that_means_absent_must_stand_in_its_place(tmp_path, capsys):
     assert not parity.Near(torch.tensor([float('nan')])).check(torch.tensor([float('nan')]))[2]
 
 
-@pytest.mark.parametrize('method, stem', [('more', 'losses'), ('affinity', 'aff_head'), ('cdtr/cub', 'train')])
+@pytest.mark.parametrize('method, stem', [('more', 'losses'), ('affinity', 'aff_head'), ('cdtr/cub', 'train'), ('surgery', 'head')])
 def test_a_tensor_nobody_computes_is_not_covered(tmp_path, capsys, method, stem):
     "More than 5 % of them: exit code 1 although nothing failed."
     folder = copy(method, tmp_path/'a')
@@ -129,7 +138,7 @@ def test_without_the_compiled_crf_its_rows_are_named_and_not_missing(monkeypatch
     assert (code, failed, missing) == (0, 0, 0) and text.count('not covered: needs pydensecrf') == 2
 
 
-@pytest.mark.parametrize('method, lacking', [('more', 'weights'), ('more', 'forward'), ('more', 'cam'), ('more', 'labels'), ('affinity', 'indices'), ('affinity', 'random_walk'), ('affinity', 'metrics'), ('cdtr/cub', 'inputs'), ('cdtr/cub', 'grads'), ('cdtr/components', 'components')])
+@pytest.mark.parametrize('method, lacking', [('more', 'weights'), ('more', 'forward'), ('more', 'cam'), ('more', 'labels'), ('affinity', 'indices'), ('affinity', 'random_walk'), ('affinity', 'metrics'), ('cdtr/cub', 'inputs'), ('cdtr/cub', 'grads'), ('cdtr/components', 'components'), ('surgery', 'weights'), ('surgery', 'io'), ('surgery', 'head')])
 def test_a_missing_file_is_named(tmp_path, method, lacking):
     folder = copy(method, tmp_path/'a'); (folder/f'{lacking}.safetensors').unlink()
     with pytest.raises(SystemExit) as e: parity.main(method.split('/')[0], folder)

@@ -6,6 +6,8 @@
     python tools/make_results.py ablation --method cdtr       sixteen variants of CATR and CDTR, three seeds, two processes (110 CPU-minutes)
     python tools/make_results.py demo --method cdtr           the table of `wsl-nb demo cdtr` over three seeds, from those runs (1 second)
     python tools/make_results.py claims --method cdtr         measures in those runs, then a verdict for each claim (6 CPU-minutes)
+    python tools/make_results.py claims --method surgery      four trainings of the small CLIP and of three heads, then the verdicts (45 CPU-minutes)
+    python tools/make_results.py demo --method surgery        the tables of `wsl-nb demo surgery` over three seeds (10 CPU-minutes)
 
 The ablation of cdtr begins with the four variants that most claims rest on (25 CPU-minutes); `--only tokens CATR` trains these alone.
 Runs are kept under out/results and taken up again where a call was interrupted; --out DIR writes elsewhere than results/METHOD.
@@ -131,7 +133,37 @@ def cdtr_claims(runs, out, only=()):
     print(markdown_table(verdict_rows(run_claims(runs / 'cdtr', out / 'result.json', SEEDS))))
 
 
-COST = dict(more=(('VOC', 'COCO'), 1), affinity=(('PET',), 2))  # Method -> its recipes at full size, images an update
+def heads_told(seed, folder):
+    "What `score_heads` says of a seed, from its folder if it is there."
+    from wsl_nb.surgery_claims import score_heads
+    file = folder / 'told.json'
+    if not file.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        told = score_heads(seed, folder); file.write_text(json.dumps(told))
+    return json.loads(file.read_text())
+
+
+def surgery_claims(runs, out):
+    "Maps of four trainings of the small CLIP, heads of four seeds, then the verdicts."
+    from wsl_nb.pretrain_clip import trained_clip
+    from wsl_nb.surgery_claims import SEEDS as seeds, head_claims, map_claims, score_seeds
+    from wsl_nb.training_records import verdict_rows, write_findings
+    from wsl_nb.viz import markdown_table
+    maps = map_claims(score_seeds(trained_clip(s, runs / 'clips') for s in seeds))
+    heads = head_claims([heads_told(s, runs / 'surgery' / 'heads' / f'seed{s}') for s in seeds])
+    print(markdown_table(verdict_rows(write_findings(out / 'result.json', maps + heads))))
+
+
+def surgery_demo(runs, out):
+    "The records of `wsl-nb demo surgery --seeds 0,1,2`, and the recipes of both heads."
+    from wsl_nb.surgery_demo import DEMO, demo
+    folder = runs / 'surgery' / 'demo'
+    if not (folder / 'result.json').exists(): shutil.rmtree(folder, ignore_errors=True); demo(folder, SEEDS)
+    shutil.copy(folder / 'result.json', out)
+    for name in DEMO: keep_config(folder, name, out)
+
+
+COST = dict(more=(('VOC', 'COCO'), 1), affinity=(('PET',), 2), surgery=(('DIOR', 'DIOR_EARLIER', 'VHR10'), 2))  # Method -> its recipes at full size, images an update
 
 
 def one_cost(name, preset, batch):
@@ -152,7 +184,7 @@ def cost(runs, out, name='more'):
     (out / 'result.json').write_text(json.dumps(found, indent=1) + '\n', encoding='utf-8')
 
 
-KINDS = dict(ablation=dict(more=ablation, cdtr=cdtr_ablation), protocols=dict(more=protocols), cost={m: cost for m in COST}, claims=dict(cdtr=cdtr_claims), demo=dict(cdtr=cdtr_demo))  # Kind -> method -> what makes it
+KINDS = dict(ablation=dict(more=ablation, cdtr=cdtr_ablation), protocols=dict(more=protocols), cost={m: cost for m in COST}, claims=dict(cdtr=cdtr_claims, surgery=surgery_claims), demo=dict(cdtr=cdtr_demo, surgery=surgery_demo))  # Kind -> method -> what makes it
 
 
 def main():
