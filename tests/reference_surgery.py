@@ -160,7 +160,7 @@ def earlier_vectors(c, random, boxes, labels):
         pred, l1, giou = given.clone().requires_grad_(), [], []
         for b in range(B):
             for g, k in zip(boxes[b], labels[b].tolist()):
-                cells = [(y, x) for y in range(G) for x in range(G)]; value = lambda cell: overlap(pred[b, k, cell[0], cell[1]], g, 0., True); top = max(cells, key=lambda cell: float(value(cell)))
+                cells = [(y, x) for y in range(G) for x in range(G)]; value = lambda cell: overlap(pred[b, k, cell[0], cell[1]].detach(), g, 0., True); top = max(cells, key=lambda cell: float(value(cell)))
                 if float(value(top)) < .3: continue
                 for y, x in cells:
                     if int(top[0] - 1.5) <= y <= int(top[0] + 1.5) and int(top[1] - 1.5) <= x <= int(top[1] + 1.5): l1.append((pred[b, k, y, x] - g).abs().mean()); giou.append(1 - overlap(pred[b, k, y, x], g, 1e-6, True))
@@ -179,7 +179,7 @@ def head_vectors(c, random):
         area = [float((g[2] - g[0]) * (g[3] - g[1])) for g in boxes[b]]
         for m in sorted(range(c['objects']), key=lambda m: (area[m], m)):
             g, k = boxes[b][m], int(labels[b][m]); i, j = min(int((g[1] + g[3]) / 2 * Gh), Gh - 1), min(int((g[0] + g[2]) / 2 * Gw), Gw - 1); near = [(y, x) for y in range(max(0, i - 1), min(Gh, i + 2)) for x in range(max(0, j - 1), min(Gw, j + 2))]
-            iou = {cell: float(overlap(pred[b, k, cell[0], cell[1]], g)) for cell in near}; top = max(near, key=lambda cell: iou[cell]); best.append([b, m, *top, iou[top]])
+            iou = {cell: float(overlap(pred[b, k, cell[0], cell[1]].detach(), g)) for cell in near}; top = max(near, key=lambda cell: iou[cell]); best.append([b, m, *top, iou[top]])
             for cell in near: owner.setdefault((b, k, *cell), m)
     pos = sorted((b, m, y, x) for (b, k, y, x), m in owner.items()); terms = dict(l1={}, giou_loss={})
     for b, m, y, x in pos:

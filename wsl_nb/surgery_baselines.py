@@ -127,15 +127,14 @@ def compare_boxes(
     split: str = 'test', # Scored once
     choose: str = 'val', # Thresholds are chosen here
 ) -> dict[str, dict]: # Name -> scores; names that end in "oracle" look at the truth
-    "The head beside everything that costs no training. Raises: `BadInput` if both splits are the same."
+    "Everything that costs no training, and the head with other maps than its own. Raises: `BadInput` if both splits are the same."
     require(split != choose, f'thresholds chosen and scored on "{split}"', 'two splits', 'choose on val')
     device = model.prior.device; clip, texts, part = clip_of(cfg, device), model.texts, data.split(split)
     val, test = (map_boxes(clip, texts, data.split(s), cfg) for s in (choose, split)); found = {}
     for kind in MAPS: found[f'map above a threshold: {kind}'] = iou_scores(test[kind][:, int((val[kind] >= .5).mean(0).argmax())])
     seed_everything(cfg.seed, 'untrained'); untrained = Surgery(cfg, len(part.classes)).to(device).eval(); untrained.texts.copy_(texts); untrained.prior.copy_(model.prior)
-    for name, one in dict(untrained=untrained, trained=model).items():
-        table = box_summary(count_split(one, part, cfg), list(part.classes)); only = lambda t, c: {k: v for k, v in t[c]['micro'].items() if k != 'n'}
-        found |= {f'{name} head, cell of the highest map': only(table, 'cam_top1'), f'{name} head, five peaks': only(table, 'peaks')} | {f'{name} head, {c}': only(table, c) for c in ('centre', 'local', 'oracle')}
+    table = box_summary(count_split(untrained, part, cfg), list(part.classes)); only = lambda t, c: {k: v for k, v in t[c]['micro'].items() if k != 'n'}
+    found |= {f'untrained head, {words}': only(table, c) for c, words in dict(cam_top1='cell of the highest map', peaks='five peaks', centre='centre', local='local', oracle='oracle').items()}
     for maps in ABLATIONS:
         table = box_summary(count_split(model, part, cfg, maps), list(part.classes))
         found |= {f'trained head, maps {maps}, {c}': only(table, c) for c in ('centre', 'local')} | ({f'trained head, maps {maps}, cell of the highest map (oracle)': only(table, 'cam_top1')} if maps == 'true' else {})

@@ -344,9 +344,9 @@ def box_records(
     about: dict, # From `provenance`
     front: str = '', # In front of each metric
 ) -> list: # `metrics.Result` records, `local` at 0.5 first
-    "Mean IoU and accuracy of every choice, over objects and over classes."
-    kinds = lambda t: [('', t['micro']), ('macro ', t['macro']), *((f'{size} px ', s) for size, s in t['by_size'].items() if s['n'])]
-    rows = [(f'{front}{choice} {kind}{name}', scores[name], choice) for choice in WORDS if choice in table for kind, scores in kinds(table[choice]) for name in ('acc@0.5', 'acc@0.3', 'acc@0.7', 'mean IoU')]
+    "Mean IoU and accuracy of every choice over objects, at one half over classes too, and by size for the best cell around the centre."
+    names = ('acc@0.5', 'mean IoU', 'acc@0.3', 'acc@0.7'); kinds = lambda c: [('', table[c]['micro'], names), ('macro ', table[c]['macro'], names[:2]), *((f'{size} px ', s, names[:2]) for size, s in table[c]['by_size'].items() if s['n'] and c == 'local')]
+    rows = [(f'{front}{choice} {kind}{name}', scores[name], choice) for choice in WORDS if choice in table for kind, scores, shown in kinds(choice) for name in shown]
     return [record('surgery', split.dataset, split.name, metric, 100 * value, unit='%', protocol=how_made(cfg, choice), **about) for metric, value, choice in rows]
 
 # %% ../nbs/05d_surgery_recipe.ipynb #3d33a591
