@@ -98,10 +98,10 @@ def test_grad_cam_is_the_formula():
 def test_baselines_stand_in_one_table():
     "Every way to a box, none of them learnt from test; the three kinds of looking at the truth are told apart."
     module, cfg, data = prepare('surgery', dict(steps=2)); seed_everything(0); clip = recipe.clip_of(cfg); model = recipe.new_model(cfg, data, clip).eval(); found = compare_boxes(model, data, cfg)
-    assert {'map above a threshold: Grad-CAM', 'map above a threshold: MaskCLIP', 'map above a threshold: plain CLIP', 'map above a threshold: surgery', 'untrained head, cell of the highest map', 'typical size at the true centre', 'trained head, maps zeroed, local'} <= set(found)
+    assert {'map above a threshold: Grad-CAM', 'map above a threshold: MaskCLIP', 'map above a threshold: plain CLIP', 'map above a threshold: surgery', 'untrained head, cell of the highest map', 'typical size at the true centre', 'grid head, maps zeroed, local'} <= set(found)
     assert all(0 <= v <= 1 for s in found.values() for v in s.values()) and all(set(s) == {'mean IoU', 'acc@0.3', 'acc@0.5', 'acc@0.7'} for s in found.values())
     from wsl_nb.surgery_baselines import baseline_records
-    records = recipe.evaluate(model, data.split('test'), cfg) + baseline_records(model, data, cfg); table = box_table(dict(grid=records)); assert {r['looks at the truth'] for r in table} == {'no', 'centre', 'box'} and len(table) == len(found) + 5
+    records = recipe.evaluate(model, data.split('test'), cfg) + baseline_records(model, data, cfg); table = box_table(dict(grid=records)); assert {r['truth'] for r in table} == {'no', 'centre', 'box'} and len(table) == len(found) + 5
     assert all(set(r.protocol) == set(PROTOCOL) for r in records)
 
 
@@ -115,7 +115,7 @@ def test_threshold_boxes_are_the_largest_region():
 def told(**accuracies):
     "What `score_heads` gives, with numbers made by hand."
     base = dict(local=.9, cam_top1=.3, oracle_pair=.9, earlier=.1, zeroed=.9, true=.8, best=.2); v = base | accuracies; rows = {f'map above a threshold: {k}': v['best'] for k in ('plain CLIP', 'surgery')}
-    rows |= {'trained head, maps true, cell of the highest map (oracle)': v['true'], 'trained head, maps zeroed, local': v['zeroed'], 'trained head, maps of the next class, local': .9, 'trained head, maps true, local': .9, 'untrained head, cell of the highest map': .1, 'typical size at the best cell, oracle': .4}
+    rows |= {'grid head, maps true, highest cell (oracle)': v['true'], 'grid head, maps zeroed, local': v['zeroed'], 'grid head, maps of the next class, local': .9, 'grid head, maps true, local': .9, 'untrained head, cell of the highest map': .1, 'typical size at the best cell, oracle': .4}
     return dict(grid=dict(local=v['local'], cam_top1=v['cam_top1'], oracle_pair=v['oracle_pair']), earlier=dict(local=v['earlier']), overfit=1., train=.95, rows=rows, by_size={}, reading=accuracies.get('reading', '90%: drawing the box is not the bottleneck'))
 
 

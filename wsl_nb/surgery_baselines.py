@@ -137,7 +137,7 @@ def compare_boxes(
     found |= {f'untrained head, {words}': only(table, c) for c, words in dict(cam_top1='cell of the highest map', peaks='five peaks', centre='centre', local='local', oracle='oracle').items()}
     for maps in ABLATIONS:
         table = box_summary(count_split(model, part, cfg, maps), list(part.classes))
-        found |= {f'trained head, maps {maps}, {c}': only(table, c) for c in ('centre', 'local')} | ({f'trained head, maps {maps}, cell of the highest map (oracle)': only(table, 'cam_top1')} if maps == 'true' else {})
+        found |= {f'{cfg.head} head, maps {maps}, {c}': only(table, c) for c in ('centre', 'local')} | ({f'{cfg.head} head, maps {maps}, highest cell (oracle)': only(table, 'cam_top1')} if maps == 'true' else {})
     boxes, labels = every_box(part); prior = prior_rows(boxes, labels, model.prior.cpu(), cfg.grid).numpy()
     return found | {'typical size at the best cell, oracle': iou_scores(prior[:, 0]), 'typical size at the true centre': iou_scores(prior[:, 1])}
 
