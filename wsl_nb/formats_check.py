@@ -101,6 +101,10 @@ CURES |= dict(
     flat=('broken', 'box without width or height, which is left out', 'restore the annotation from the official archive'),
     form=('broken', 'oriented boxes among horizontal ones, or the other way round', "restore the folder, or open and check the set with the other form of boxes: both are different ground truths"),
     object=('broken', 'line other than "(x1,y1),(x2,y2),class"', 'restore the file from the official archive'),
+    note=('missing', 'annotation missing', 'restore the annotation files from the official archive, or take the id off the list'),
+    alien=('broken', 'label out of range: object name that is no class', 'correct the names, or put a classes.txt with one name a line into the folder'),
+    bare=('broken', 'annotation without an object, which is left out', 'restore the file from the official archive, or remove it with its image'),
+    negative=('broken', 'negative picture with objects: a positive one is the same file', 'restore both folders of images from the official archive'),
 ) # Those of DIOR and NWPU VHR-10
 
 # %% ../nbs/18a_formats_check.ipynb #5cb28281
