@@ -1427,6 +1427,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'wsl_nb/training_records.py'),
                                          'wsl_nb.training_records.seconds_of': ( 'training_records.html#seconds_of',
                                                                                  'wsl_nb/training_records.py'),
+                                         'wsl_nb.training_records.seed_rows': ( 'training_records.html#seed_rows',
+                                                                                'wsl_nb/training_records.py'),
                                          'wsl_nb.training_records.table_rows': ( 'training_records.html#table_rows',
                                                                                  'wsl_nb/training_records.py'),
                                          'wsl_nb.training_records.updates_cost': ( 'training_records.html#updates_cost',

@@ -50,7 +50,8 @@ def class_names(
     file = Path(text)
     words = file.read_text(encoding='utf-8').splitlines() if file.suffix == '.txt' and file.is_file() else text.split(',')
     names = [re.sub(r'^\d+\s+(\d+\.)?', '', w.strip()) for w in words if w.strip() or ',' in text]
-    require(names and all(names) and len(set(names)) == len(names), f'--classes {text[:60]} with {len(names)} names, {len(set(filter(None, names)))} of them different', 'each class once, with commas, or a .txt file with a name a line', 'mend the list')
+    twice = next((n for n in names if names.count(n) > 1 and n), None)
+    require(names and all(names) and twice is None, f'--classes "{text[:60]}" with ' + ('no name' if not any(names) else f'"{twice}" twice' if twice else 'an empty name'), 'each class once, with commas, or a .txt file with a name a line', 'mend the list')
     return names
 
 # %% ../nbs/17c_cli_predict.ipynb #a7352967
@@ -65,8 +66,9 @@ def predictor(
     module = method(args.method)
     cfg, which, _ = trained(module, args.run, args.checkpoint) if args.run else (chosen_recipe(args, [])[1], None, None)
     file = Path(args.run or '')/'classes.json'
-    names = class_names(args.classes) if args.classes else json.loads(file.read_text()) if args.run and file.is_file() else usual_classes(getattr(cfg, 'layout', 'embedded'))
+    given = args.classes is not None; names = class_names(args.classes) if given else json.loads(file.read_text()) if args.run and file.is_file() else usual_classes(getattr(cfg, 'layout', 'embedded'))
     require(names, 'no class names', '--classes a,b,… or --classes FILE.txt', 'name the classes in the order of training')
+    if not given: print(f'classes: {", ".join(map(str, names[:8]))}{f", … ({len(names)})" if len(names) > 8 else ""}')
     learnt = json.loads(file.read_text()) if args.run and file.is_file() else names
     if args.run and list(names) != list(learnt) and hasattr(module, 'with_words'): return module, cfg, module.with_words(load_trained(module, cfg, args.run, len(learnt), which), cfg, names), names
     require(len(names) == len(learnt), f'--classes with {len(names)} names', f'{len(learnt)}: {", ".join(learnt)}', 'name every class of the run in its order, or leave --classes out')
@@ -140,7 +142,7 @@ def show_points(
     shown = shrink(image); factor = np.array([shown.shape[i] / image.shape[i] for i in (1, 0)]); titles = {c: f'{names[c]} {float(found["scores"][c]):.2f}' for c in list(found['points'])[:4]}; chosen = 'architecture surgery'
     rows = [draw_maps(shown, [m[c] for m in found['treatments'].values()], [f'{title}: {k}' if not i else k for i, k in enumerate(found['treatments'])], width=1.4) for c, title in titles.items()]
     dots = [draw_points(shown, found['points'][c][0] * factor, found['points'][c][1], found['treatments'][chosen][c], title) for c, title in titles.items()]
-    figures, captions = dict(maps=strip(rows, columns=1), points=strip(dots, columns=4)), [', '.join(titles.values()), f'points over the maps of {chosen}: white inside, black outside']
+    figures, captions = dict(maps=strip(rows, columns=1), points=strip(dots, columns=4)), [', '.join(titles.values()), f'points over the maps of {chosen}: white circles inside, black crosses outside']
     if 'boxes' in found: figures['boxes'] = draw_boxes(shown, predicted=[[v * f for v, f in zip(found['boxes'][c], [*factor] * 2)] for c in titles], names=list(titles.values())); captions.append('boxes of the head at the cell where the map is highest')
     for kind, figure in figures.items(): save_figure(out/f'{stem}_{kind}.png', figure)
     return list(figures.values()), captions
@@ -165,7 +167,7 @@ HOW_LABELS = 'Numbers are class scores: above 0 the class counts as present, els
 HOW_BOXES = 'Numbers are class scores, before the softmax: the highest wins. The method learnt from images that show one class each, so a picture that shows none of them gets a class and a box too. Box: around the largest region of the class\'s map above {threshold:.2f} of its maximum, in pixels of the upright image; one box a class, also where there are two objects of it. Maps: yellow is high, each stretched on its own. All boxes are in boxes.json.' # On the page of a method that gives boxes
 
 # %% ../nbs/17c_cli_predict.ipynb #c29465b1
-HOW_WORDS = 'Numbers are cosines of the whole picture with each word; a word that is not shown has a cosine and maps too, so they order words, and say nothing about one word alone. The first panel of a row is the picture, then plain CLIP and the surgeries; yellow is high, each map stretched on its own. White points: cells at or above 0.8 of the map of architecture surgery, black ones: as many of its lowest; both in points.json, as a promptable segmenter wants them.' # On the page of a method that takes any words
+HOW_WORDS = 'Weights: {file}, sentences "{templates}", {blocks} surgery blocks. Numbers are cosines of the whole picture with each word; a word that is not shown has a cosine and maps too, so they order words, and say nothing about one word alone. The first panel of a row is the picture, then plain CLIP and the surgeries; yellow is high, each map stretched on its own. White circles: cells at or above 0.8 of the map of architecture surgery; black crosses: as many of its lowest; both in points.json, as a promptable segmenter wants them.' # On the page of a method that takes any words
 
 # %% ../nbs/17c_cli_predict.ipynb #2b30a15c
 def run_predict(
@@ -188,6 +190,6 @@ def run_predict(
     written = [out/f'{kind}.json' for kind in rows if rows[kind]]
     for file in written:
         with atomic(file) as spare: spare.write_text('[\n' + ',\n'.join(json.dumps(r, ensure_ascii=False) for r in rows[file.stem]) + '\n]\n', encoding='utf-8')
-    how = HOW_WORDS if rows['points'] else HOW_BOXES.format(threshold=found['threshold']) if rows['boxes'] else HOW_LABELS.format(background=f' of {cfg.background}' if hasattr(cfg, 'background') else '')
+    how = HOW_WORDS.format(file=Path(cfg.clip_file).name or 'the CLIP of the package', templates=cfg.templates, blocks=cfg.blocks) if rows['points'] else HOW_BOXES.format(threshold=found['threshold']) if rows['boxes'] else HOW_LABELS.format(background=f' of {cfg.background}' if hasattr(cfg, 'background') else '')
     report_html(out/'report.html', f'{args.method}: own images', [dict(text=how), *sections]); print('wrote ' + ' and '.join(map(str, [out/'report.html', *written])))
     return 0

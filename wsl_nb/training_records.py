@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['FREE', 'preset_of', 'recipe_rows', 'provenance', 'note_start', 'check_start', 'check_splits', 'table_rows',
-           'last_step', 'run_all', 'scored_run', 'run_seeds', 'finding', 'columns', 'measured_rows', 'finding_text',
-           'verdict_rows', 'write_findings', 'read_findings', 'peak_memory', 'seconds_of', 'updates_cost', 'cost_row']
+           'last_step', 'run_all', 'scored_run', 'run_seeds', 'finding', 'columns', 'measured_rows', 'seed_rows',
+           'finding_text', 'verdict_rows', 'write_findings', 'read_findings', 'peak_memory', 'seconds_of',
+           'updates_cost', 'cost_row']
 
 # %% ../nbs/14e_training_records.ipynb #968f7d02
 import json, math, time
@@ -198,6 +199,13 @@ def measured_rows(
         row = dict(measured=name, mean=float(f'{mean:.4g}'), range=spread, seeds=len(vs))
         rows.append(row | ({quoted: (q := found['quoted'][name]), 'difference': f'{mean - q:+.3f}'} if name in found['quoted'] else {}))
     return rows
+
+# %% ../nbs/14e_training_records.ipynb #4e9098b4
+def seed_rows(
+    found: dict, # From `finding`
+) -> list[dict]: # For a table
+    "What was measured, a column for each seed, and the mean."
+    return [dict(measured=name) | {f'seed {i}': float(f'{v:.4g}') for i, v in enumerate(vs)} | dict(mean=float(f'{sum(vs) / len(vs):.4g}')) for name, vs in found['measured'].items()]
 
 # %% ../nbs/14e_training_records.ipynb #0d1da2a9
 def finding_text(

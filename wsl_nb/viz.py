@@ -277,10 +277,10 @@ def draw_points(
     title: str = '', # Above the picture
     width: float = 2.4, # Inches
 ) -> Figure: # One panel
-    "White points that are meant to be inside of something, black ones outside, over the grey image or a map."
+    "White circles that are meant to be inside of something, black crosses outside, over the grey image or a map."
     grey = to_grey(image); (figure, (ax,)), points, kinds = panels(1, 1, width, width * grey.shape[0] / grey.shape[1]), to_array(points).reshape(-1, 2), to_array(kinds)
     ax.imshow(grey if map_ is None else overlay(image, map_)); ax.set_title(title)
-    for kind, colour, other in ((0, 'black', 'white'), (1, 'white', 'black')): ax.plot(*points[kinds == kind].T, 'o', color=colour, markeredgecolor=other, markersize=4)
+    for kind, mark, colour, other in ((0, 'X', 'black', 'white'), (1, 'o', 'white', 'black')): ax.plot(*points[kinds == kind].T, mark, color=colour, markeredgecolor=other, markersize=5.5, markeredgewidth=.8)
     return figure
 
 # %% ../nbs/15_viz.ipynb #09fad7a1
