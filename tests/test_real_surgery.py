@@ -57,7 +57,7 @@ def test_check_train_and_evaluate(data_root, weights, tmp_path, kind):
     lines = [l for l in read_log(out) if 'terms' in l]; assert [l['step'] for l in lines] == [0, 1, 2] and all(set(l['terms']) == {'l1', 'giou'} and all(np.isfinite(v) for v in l['terms'].values()) for l in lines)
     finished(tmp_path, table, 'eval', 'eval', 'surgery', '--run', out, '--data', root, *about, '--split', 'test', '--pictures', tmp_path/'pictures')
     summary, rows = (json.loads((tmp_path/'pictures'/f'{n}.json').read_text()) for n in ('summary', 'rows')); objects = sum(len(data.source.read('test', i, 'boxes')[1]) for i in range(len(data.splits['test'])))
-    assert summary['oracle']['micro']['n'] == objects == sum(len(r['objects']) for r in rows) and len(rows) == len(data.splits['test']) and all((tmp_path/'pictures'/f'{r["id"]}.png').exists() for r in rows)
+    assert summary['metrics']['oracle']['micro']['n'] == objects == sum(len(r['objects']) for r in rows) and len(rows) == len(data.splits['test']) and all((tmp_path/'pictures'/f'{r["id"]}.png').exists() for r in rows)
     if kind == 'horizontal':
         early = ['train', 'surgery', '--preset', 'DIOR_EARLIER', '--data', root, '--clip_file', weights, '--batch', '2', '--epochs', '0', '--steps', '2', '--warmup', '1', '--log_every', '1', '--out', tmp_path/'early']
         text = finished(tmp_path, table, 'train, earlier head', *early); assert 'images lose all objects and are left out' in text and len([l for l in read_log(tmp_path/'early') if 'terms' in l]) == 2

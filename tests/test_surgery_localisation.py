@@ -10,7 +10,7 @@ from training_child import SURGERY_TINY, prepare
 from wsl_nb import surgery_recipe as recipe
 from wsl_nb.core import BadInput, seed_everything, torch_rng
 from wsl_nb.surgery_base import LAPTOP, LAPTOP_EARLIER, BoxView, turned, turned_boxes
-from wsl_nb.surgery_localisation import (CellHead, GridHead, box_losses, cell_centres, centre_cells, decode_cell, decode_grid, head_of, match, pair_giou, pair_iou, size_prior, standardise, windows)
+from wsl_nb.surgery_localisation import (CellHead, GridHead, box_losses, cell_centres, home_cells, decode_cell, decode_grid, head_of, match, pair_giou, pair_iou, size_prior, standardise, windows)
 
 HOW = dict(centre=('centre', 1.), inside=('inside', 1.), wide=('centre', 2.), cell=('cell', 1.5)) # Name -> matching and radius
 
@@ -108,7 +108,7 @@ def test_every_object_learns_from_the_first_update():
 
 def test_windows_of_a_whole_radius_are_symmetric_and_those_of_one_and_a_half_are_not():
     found = windows(torch.tensor([[3, 3]]), (7, 7), 1.)[0]; assert found.nonzero().tolist() == [[i, j] for i in (2, 3, 4) for j in (2, 3, 4)]
-    odd = windows(torch.tensor([[3, 3]]), (7, 7), 1.5)[0]; assert odd.any(1).nonzero().flatten().tolist() == [1, 2, 3, 4]; assert centre_cells(torch.tensor([[.9, .9, 1, 1.]]), (7, 7)).tolist() == [[6, 6]]
+    odd = windows(torch.tensor([[3, 3]]), (7, 7), 1.5)[0]; assert odd.any(1).nonzero().flatten().tolist() == [1, 2, 3, 4]; assert home_cells(torch.tensor([[.9, .9, 1, 1.]]), (7, 7)).tolist() == [[6, 6]]
 
 
 # --- losses --------------------------------------------------------------------------------------------------------

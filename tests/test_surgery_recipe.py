@@ -139,6 +139,15 @@ def test_files_of_a_run_are_noted_and_another_is_not_gone_on_with(run, tmp_path)
     with pytest.raises(BadInput, match='not the file that this run began with'): recipe.train(own, data, tmp_path/'run', resume=True)
 
 
+def test_another_clip_under_the_same_name_is_another_clip(tmp_path):
+    "In one process the features change with the file; a run that was trained on the first one refuses the second, when it is resumed and when it is scored; records name it."
+    state = load_file(ASSETS/'clip_farm.safetensors'); file = tmp_path/'clip.safetensors'; save_file(state, file); _, _, data = prepare('surgery', {}); cfg = replace(BARE, clip_file=str(file), steps=2); recipe.train(cfg, data, tmp_path/'run')
+    model, _ = recipe.load_run(tmp_path/'run', 8); images = torch.randn(1, 3, 96, 96, generator=torch_rng('clip')); before = recipe.frozen_features(recipe.clip_of(cfg), images, model.texts, cfg); mark = recipe.evaluate(model, data.split('val'), cfg)[0].protocol['labels']
+    save_file({k: v * 1.5 if k == 'visual.proj' else v + (.1 if k == 'visual.conv1.weight' else 0) for k, v in state.items()}, file); after = recipe.frozen_features(recipe.clip_of(cfg), images, model.texts, cfg); assert (before.cams - after.cams).abs().max() > 1e-4
+    with pytest.raises(BadInput, match='not the file that this run began with'): recipe.load_run(tmp_path/'run', 8)
+    assert recipe.evaluate(model, data.split('val'), cfg)[0].protocol['labels'] != mark and 'CLIP farm' in mark
+
+
 @pytest.mark.parametrize('words, says', [(['--reach', '1.5'], 'reach'), (['--matching', 'inside'], 'matching: centre -> inside'), (['--blocks', '4'], 'blocks')])
 def test_a_changed_field_is_named_on_resume(run, tmp_path, capsys, words, says):
     code, text = refused(capsys, *command(tmp_path, run[1], run[0], '--resume', *words, method='surgery')); assert code == 2 and says in text
@@ -166,8 +175,9 @@ def test_the_whole_chain_through_the_command_line(chains, layout, capsys, tmp_pa
     root, out = chains(layout); data = open_set(root, layout); assert json.loads((out/'classes.json').read_text()) == list(data.classes) and cli.main(['data', 'check', layout, str(root)]) == 0; capsys.readouterr()
     assert cli.main(['eval', 'surgery', '--run', str(out), '--data', str(root), '--split', 'val']) == 0; text = capsys.readouterr().out; assert 'local acc@0.5' in text
     file, = out.glob('eval_*.json'); found = read_results(file); ledger(found); assert ('RemoteCLIP was trained on captions of DIOR' in found[0].protocol['border']) == (layout == 'dior')
+    assert cli.main(['eval', 'surgery', '--run', str(out), '--data', str(root), '--split', 'val', '--protocol', 'baselines']) == 0 and 'typical size, true centre: acc@0.5' in capsys.readouterr().out
     assert cli.main(['eval', 'surgery', '--run', str(out), '--data', str(root), '--split', 'val', '--pictures', str(tmp_path/'pictures'), '--num-images', '3']) == 0
-    table = json.loads((tmp_path/'pictures'/'summary.json').read_text()); assert table['oracle']['micro']['n'] == sum(len(s['boxes']) for s in (data.split('val', ('image', 'boxes'))[i] for i in range(3)))
+    table = json.loads((tmp_path/'pictures'/'summary.json').read_text()); assert table['metrics']['oracle']['micro']['n'] == table['num_gt'] == sum(len(s['boxes']) for s in (data.split('val', ('image', 'boxes'))[i] for i in range(3)))
 
 
 # --- own words through the command line ----------------------------------------------------------------------------

@@ -10,7 +10,7 @@
     python tools/make_results.py demo --method surgery        the tables of `wsl-nb demo surgery` over three seeds (10 CPU-minutes)
 
 The ablation of cdtr begins with the four variants that most claims rest on (25 CPU-minutes); `--only tokens CATR` trains these alone.
-Runs are kept under out/results and taken up again where a call was interrupted; --out DIR writes elsewhere than results/METHOD.
+Runs are kept under out/results and taken up again where a call was interrupted, also after a change of the code: delete that folder to measure anew. --out DIR writes elsewhere than results/METHOD.
 """
 import argparse, json, multiprocessing, shutil, sys
 from concurrent.futures import ProcessPoolExecutor

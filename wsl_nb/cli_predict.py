@@ -142,7 +142,8 @@ def show_points(
     shown = shrink(image); factor = np.array([shown.shape[i] / image.shape[i] for i in (1, 0)]); titles = {c: f'{names[c]} {float(found["scores"][c]):.2f}' for c in list(found['points'])[:4]}; chosen = 'architecture surgery'
     rows = [draw_maps(shown, [m[c] for m in found['treatments'].values()], [f'{title}: {k}' if not i else k for i, k in enumerate(found['treatments'])], width=1.4) for c, title in titles.items()]
     dots = [draw_points(shown, found['points'][c][0] * factor, found['points'][c][1], found['treatments'][chosen][c], title) for c, title in titles.items()]
-    figures, captions = dict(maps=strip(rows, columns=1), points=strip(dots, columns=4)), [', '.join(titles.values()), f'points over the maps of {chosen}: white circles inside, black crosses outside']
+    more = f' (the best {len(titles)} of {len(found["points"])} words; all of them in points.json)' if len(titles) < len(found['points']) else ''
+    figures, captions = dict(maps=strip(rows, columns=1), points=strip(dots, columns=4)), [', '.join(titles.values()) + more, f'points over the maps of {chosen}: white circles inside, black crosses outside']
     if 'boxes' in found: figures['boxes'] = draw_boxes(shown, predicted=[[v * f for v, f in zip(found['boxes'][c], [*factor] * 2)] for c in titles], names=list(titles.values())); captions.append('boxes of the head at the cell where the map is highest')
     for kind, figure in figures.items(): save_figure(out/f'{stem}_{kind}.png', figure)
     return list(figures.values()), captions

@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['DIOR', 'VHR10', 'DIOR_EARLIER', 'LAPTOP', 'LAPTOP_EARLIER', 'PRESETS', 'CHANGES', 'NESTED', 'SCENES', 'VIEWS',
-           'SurgeryConfig', 'preset_name', 'prompt_set', 'tower', 'clip_path', 'class_words', 'class_texts', 'turned',
-           'turned_boxes', 'BoxView']
+           'SurgeryConfig', 'preset_name', 'prompt_set', 'tower', 'clip_path', 'hash_of', 'clip_hash', 'class_words',
+           'class_texts', 'turned', 'turned_boxes', 'BoxView']
 
 # %% ../nbs/05b_surgery_base.ipynb #826e44a5
+import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .core import ASSETS, normalise, require
+from .core import ASSETS, file_hash, normalise, require
+from .data import cache_folder
 from .data_farm import VOCABULARY
 from .data_transforms import resize
 from .formats_aerial import DIOR_LEARNT, DIOR_WORDS
@@ -30,6 +32,7 @@ from .vit_clip import farm_clip, load_clip, random_clip, read_clip_file
 @dataclass(frozen=True)
 class SurgeryConfig(RunConfig):
     "Recipe of the localisation head on a frozen CLIP; the defaults are those of DIOR."
+    PRETRAINED: ClassVar[str] = 'clip_file' # Field that names the weights from elsewhere, see `training_records.provenance`
     layout: str = 'dior' # Layout of the data: 'embedded', 'dior', 'vhr10', or another one with boxes
     train_split: str = 'train' # Split that is learnt from, with its boxes
     eval_split: str = 'val' # Split on which checkpoints are chosen; empty: none
@@ -68,7 +71,7 @@ class SurgeryConfig(RunConfig):
     l1: Literal['plain', 'relative'] = 'plain' # Distances in shares of the image, or of the object
     reduction: Literal['object', 'cell'] = 'object' # Mean over the cells of an object first, or over all cells
     augment: Literal['none', 'flip', 'turns'] = 'turns' # Views: as it is, mirrored, or all eight of a square
-    tau: float = .5 # Threshold of boxes made from maps, where none was chosen
+    tau: float = .5 # Threshold of boxes that `eval --protocol baselines` makes from maps
     # RunConfig fields of the recipe
     steps: int = 0 # Updates; 0: as many as the epochs have
     epochs: int = 24 # Passes over the data
@@ -80,21 +83,21 @@ class SurgeryConfig(RunConfig):
     lr_floor: float = .01 # Share of lr at the end
     clip: float = 1. # Largest norm of all gradients together
     precision: Literal['fp32', 'bf16', 'fp16'] = 'bf16' # Of the forward pass; boxes stay in float32
-    evaluate_every: int = 0 # Steps, 0: at the end
+    evaluate_every: int = 366 # Steps, two epochs of DIOR; 0: at the end alone
 
 # %% ../nbs/05b_surgery_base.ipynb #20588fab
 DIOR = SurgeryConfig() # Our recipe for DIOR; not run by us, the images could not be had
-VHR10 = replace(DIOR, layout='vhr10', epochs=200, warmup=70)
+VHR10 = replace(DIOR, layout='vhr10', epochs=200, warmup=70, evaluate_every=120)
 DIOR_EARLIER = replace(DIOR, train_split='trainval', eval_split='', learnt=DIOR_LEARNT, clip_model='ViT-B-32', activation='quickgelu', side=224, cam='unnormed', templates='plain', head='cell', grid=7, width=256, matching='cell', radius=1.5,
-    reduction='cell', augment='none', epochs=50, batch=8, lr=1e-4, warmup=7325, lr_floor=0., precision='fp32')
-LAPTOP = replace(DIOR, layout='embedded', clip_model='farm', side=96, templates='farm', grid=24, width=64, epochs=0, steps=300, batch=16, lr=1e-3, warmup=9, precision='fp32', augment='flip', cache=True, checkpoint_every=0, log_every=10)
+    reduction='cell', augment='none', epochs=50, batch=8, lr=1e-4, warmup=5070, lr_floor=0., precision='fp32')
+LAPTOP = replace(DIOR, layout='embedded', clip_model='farm', side=96, templates='farm', grid=24, width=64, epochs=0, steps=300, batch=16, lr=1e-3, warmup=9, precision='fp32', augment='flip', cache=True, evaluate_every=100, checkpoint_every=0, log_every=10)
 LAPTOP_EARLIER = replace(LAPTOP, head='cell', grid=7, width=64, cam='unnormed', matching='cell', radius=1.5, reduction='cell', augment='none') # The earlier head on the drawn images, with the schedule of LAPTOP
 PRESETS = dict(LAPTOP=LAPTOP, LAPTOP_EARLIER=LAPTOP_EARLIER, DIOR=DIOR, DIOR_EARLIER=DIOR_EARLIER, VHR10=VHR10) # Recipes by name
 
 # %% ../nbs/05b_surgery_base.ipynb #84e28dac
 CHANGES = dict(
     learnt='all 20 classes; the earlier experiment trained ten and was scored on all',
-    train_split='val is kept for choices', eval_split='checkpoints are chosen on val, never on test',
+    train_split='val is kept for choices', eval_split='checkpoints are chosen on val, every two epochs, never on test',
     activation='read from the weight file, and said', side='at 224 px 85 % of the objects are smaller than a patch, at 448 px 72 %',
     cam='the last norm and a cosine, as CLIP compares', templates='sentences about pictures from above; the earlier experiment used the bare name',
     head='boxes that belong to their cell, weights shared by all classes', grid='objects of one class share a cell less often',
@@ -151,6 +154,24 @@ def clip_path(
     "The file on which the frozen features depend; 'farm' is one of the package."
     return ASSETS/'clip_farm.safetensors' if cfg.clip_model == 'farm' and not cfg.clip_file else Path(cfg.clip_file)
 
+# %% ../nbs/05b_surgery_base.ipynb #ad5c41f2
+@functools.lru_cache(8)
+def hash_of(
+    file: str, # Path
+    size: int, # Bytes
+    changed: int, # Time of the last change, ns
+) -> str: # SHA-256
+    "Hash of a file, computed once as long as size and time stay."
+    return file_hash(file)
+
+# %% ../nbs/05b_surgery_base.ipynb #0c46545c
+def clip_hash(
+    cfg: SurgeryConfig, # Recipe
+) -> str: # First twelve digits of the SHA-256 of CLIP's file, empty if there is none
+    "Which weights of CLIP a recipe means: two files may have one name."
+    file = clip_path(cfg)
+    return hash_of(str(file), file.stat().st_size, file.stat().st_mtime_ns)[:12] if file.is_file() else ''
+
 # %% ../nbs/05b_surgery_base.ipynb #36bf29b5
 def class_words(
     names: list[str], # Classes as the data set writes them
@@ -163,9 +184,10 @@ def class_texts(
     clip: nn.Module, # From `tower`
     cfg: SurgeryConfig, # `templates`
     names: list[str], # Classes as the data set writes them
-    cache: dict | str | Path | None = None, # Keeps vectors between calls
+    cache: dict | str | Path | None = None, # Keeps vectors between calls; None: a file beside the drawn images, but for the small CLIP
 ) -> Tensor: # (C,E), unit length
-    "The vectors of the classes of a recipe."
+    "The vectors of the classes of a recipe; those of a large CLIP are encoded once for each list of classes, set of sentences and weights."
+    if cache is None and cfg.clip_model != 'farm': cache = cache_folder()/'clip_texts.safetensors'
     return text_features(clip, class_words(names), prompt_set(cfg.templates), cache)
 
 # %% ../nbs/05b_surgery_base.ipynb #2b561bf5

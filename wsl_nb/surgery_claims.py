@@ -19,7 +19,7 @@ from .data import CLASSES, embedded, embedded_of
 from .metrics import pixel_auc
 from .surgery import enlarged, word_maps
 from .surgery_base import LAPTOP, LAPTOP_EARLIER, class_texts
-from .surgery_baselines import compare_boxes
+from .surgery_baselines import choose_taus, compare_boxes
 from .surgery_recipe import ABLATIONS, count_split, load_run, train
 from .surgery_scores import box_summary, choose_cut, map_scores, map_summary, reading
 from .training_records import finding
@@ -110,9 +110,9 @@ def score_heads(
         part = lambda data, split: data.split(split).first(min(200, len(data.split(split)))); told = lambda table: {k: v['micro']['acc@0.5'] for k, v in table.items()}
         summary = lambda name, split: box_summary(count_split(runs[name][0], part(runs[name][2], split), runs[name][1]), list(CLASSES))
         test = summary('grid', 'test'); found |= dict(grid=told(test), earlier=told(summary('earlier', 'test')), overfit=told(summary('overfit', 'train'))['local'], train=told(summary('grid', 'train'))['local'])
-        model, cfg, data = runs['grid']; found['rows'] = {k: v['acc@0.5'] for k, v in compare_boxes(model, data, cfg).items()}
-        maps = {k: found['rows'][f'grid head, maps {k}, local'] for k in ABLATIONS}
-        return found | dict(by_size={k: v.get('acc@0.5') for k, v in test['local']['by_size'].items()}, reading=reading(test['local']['by_size'], found['overfit'], found['train'], found['grid']['local'], found['rows']['typical size at the best cell, oracle'], maps))
+        model, cfg, data = runs['grid']; found['rows'] = {k: v.scores['acc@0.5'] for k, v in compare_boxes(model, data.split('test'), cfg, choose_taus(model, data.split('val'), cfg)).items()}
+        maps = {k: found['rows'][f'grid head, maps {k}, best cell around the centre'] for k in ABLATIONS}
+        return found | dict(by_size={k: v.get('acc@0.5') for k, v in test['local']['by_size'].items()}, reading=reading(test['local']['by_size'], found['overfit'], found['train'], found['grid']['local'], found['rows']['typical size, best of all cells'], maps))
     finally: torch.set_num_threads(threads)
 
 # %% ../nbs/05e_surgery_claims.ipynb #4804dd1c
@@ -122,12 +122,12 @@ def head_claims(
     "The claims about heads with their verdicts; all numbers are accuracies at IoU 0.5 in percent, of objects, or of pairs of image and class where a map chooses."
     of = lambda *path: np.array([100 * f[path[0]][path[1]] if len(path) > 1 else 100 * f[path[0]] for f in found]); row = lambda name: of('rows', name)
     both = lambda good: (bool(good.all()), bool((~good).all())); own, thresholds = of('grid', 'cam_top1'), [k for k in found[0]['rows'] if 'above a threshold' in k]
-    best = np.max([row(k) for k in thresholds], 0); true = row('grid head, maps true, highest cell (oracle)'); local, zeroed = of('grid', 'local'), row('grid head, maps zeroed, local')
+    best = np.max([row(k) for k in thresholds], 0); true = row('grid head, maps true, cell of the highest map'); local, zeroed = of('grid', 'local'), row('grid head, maps zeroed, best cell around the centre')
     answered = np.array(['not the bottleneck' in f['reading'] for f in found])
     rows = [('6', 'Boxes that belong to their cell, with shared weights, are better than those of the earlier head', 'confirmed if `local` is higher for every seed; refuted if lower for every seed', {'grid': local, 'earlier': of('earlier', 'local')}, *both(local > of('earlier', 'local'))),
-            ('7', 'Given class and centre, drawing the box is not the bottleneck', 'confirmed if the reading rule says so for every seed; refuted if for none', {'local': local, 'learnt by heart': of('overfit'), 'on training pictures': of('train'), 'typical size, best cell': row('typical size at the best cell, oracle')}, *both(answered)),
+            ('7', 'Given class and centre, drawing the box is not the bottleneck', 'confirmed if the reading rule says so for every seed; refuted if for none', {'local': local, 'learnt by heart': of('overfit'), 'on training pictures': of('train'), 'typical size, best cell': row('typical size, best of all cells')}, *both(answered)),
             ('8', 'The best cell of all overrates what can be used', 'confirmed if `oracle_pair` is 20 points above `cam_top1` for every seed; refuted if less for every seed', {'oracle_pair': of('grid', 'oracle_pair'), 'cam_top1': own}, *both(of('grid', 'oracle_pair') - own >= 20)),
             ('9', 'The map is the weak part: true maps choose better cells', 'confirmed if `cam_top1` rises by 20 points with true maps for every seed; refuted if less for every seed', {'own maps': own, 'true maps': true, 'untrained head': row('untrained head, cell of the highest map')}, *both(true - own >= 20)),
-            ('10', 'The head needs its map to draw the box', 'confirmed if zeroed maps lower `local` by 5 points for every seed; refuted if by less for every seed', {'own maps': local, 'zeroed': zeroed, 'of the next class': row('grid head, maps of the next class, local'), 'true': row('grid head, maps true, local')}, *both(local - zeroed >= 5)),
+            ('10', 'The head needs its map to draw the box', 'confirmed if zeroed maps lower `local` by 5 points for every seed; refuted if by less for every seed', {'own maps': local, 'zeroed': zeroed, 'of the next class': row('grid head, maps of the next class, best cell around the centre'), 'true': row('grid head, maps true, best cell around the centre')}, *both(local - zeroed >= 5)),
             ('11', 'A trained head makes better boxes than a threshold on the map, none of them looking at the truth', 'confirmed if `cam_top1` is above the best of all thresholded maps for every seed; refuted if below for every seed', {'head': own, **{k.removeprefix('map above a threshold: '): row(k) for k in thresholds}}, *both(own > best))]
     return [finding(*r) for r in rows]

@@ -19,9 +19,9 @@ from .data import CLASSES, embedded, embedded_of
 from .metrics import pixel_auc, record, write_results
 from .surgery import TREATMENTS, enlarged, word_maps
 from .surgery_base import LAPTOP, LAPTOP_EARLIER, class_texts
-from .surgery_baselines import baseline_records
-from .surgery_recipe import clip_of, evaluate, frozen_features, load_run, train, truth_of
-from .surgery_scores import choose_cut, map_scores, map_summary
+from .surgery_baselines import LOOKS, baseline_records, choose_taus
+from .surgery_recipe import WORDS, clip_of, evaluate, frozen_features, load_run, train, truth_of
+from .surgery_scores import choose_cut, highest_cells, map_scores, map_summary
 from .training_records import provenance, run_seeds, scored_run, table_rows
 
 # %% ../nbs/05i_surgery_demo.ipynb #d5bceee6
@@ -58,7 +58,7 @@ def all_records(
     cfg, # `SurgeryConfig`
 ) -> list: # `metrics.Result` records
     "Every score of a trained head, and for the head with shared weights everything that it is compared with."
-    return evaluate(model, split, cfg) + (baseline_records(model, embedded_of(cfg), cfg) if cfg.head == 'grid' else [])
+    return evaluate(model, split, cfg) + (baseline_records(model, split, cfg, choose_taus(model, embedded_of(cfg).split('val'), cfg)) if cfg.head == 'grid' else [])
 
 # %% ../nbs/05i_surgery_demo.ipynb #978045fa
 def train_and_score(
@@ -68,20 +68,21 @@ def train_and_score(
     "One run of the demo, in one thread."
     return scored_run(cfg, out, embedded_of(cfg), train, load_run, all_records)
 
-# %% ../nbs/05i_surgery_demo.ipynb #aacf81c1
+# %% ../nbs/05i_surgery_demo.ipynb #c149f624
 def box_table(
     results: dict[str, list], # Name of a run -> records over seeds
 ) -> list[dict]: # One row a way to a box
     "The localisation table: every way to a box, with mean IoU and accuracy at three levels."
-    by = {}
+    by, looks = {}, {}
     for r in results['grid']:
-        if ': ' in r.metric: by.setdefault(r.metric.rpartition(': ')[0], []).extend(bare([r]))
+        name, _, metric = r.metric.rpartition(': '); how = r.protocol['threshold']
+        if name: by.setdefault(name, []).extend(bare([r])); looks[name] = 'box' if how.endswith('maps true') and 'highest map' in how else next((LOOKS[c] for c, words in WORDS.items() if words in how and c in LOOKS), 'centre' if 'true centre' in how else 'box' if 'all cells' in how else 'no')
     for head in results:
-        for choice, words in dict(cam_top1='cell of the highest map', peaks='five peaks', centre='centre', local='local', oracle='oracle').items():
-            by[f'{head} head, {words}'] = [replace(r, metric=r.metric.removeprefix(f'{choice} ')) for r in results[head] if r.metric.startswith(f'{choice} ')]
-    metrics = ('mean IoU', 'acc@0.3', 'acc@0.5', 'acc@0.7'); looks = lambda name: 'box' if 'oracle' in name or 'local' in name else 'centre' if 'centre' in name else 'no'
+        for choice, truth in LOOKS.items():
+            name = f'{head} head, {WORDS[choice]}'; looks[name] = truth; by[name] = [replace(r, metric=r.metric.removeprefix(f'{choice} ')) for r in results[head] if r.metric.startswith(f'{choice} ')]
+    metrics = ('mean IoU', 'acc@0.3', 'acc@0.5', 'acc@0.7'); order = list(dict.fromkeys(LOOKS.values()))
     flat = {name: {row['metric']: row[name] for row in table_rows({name: rows}, metrics)} for name, rows in by.items() if rows}
-    return sorted([dict(box=n, **{'truth': looks(n)}, **cells) for n, cells in flat.items()], key=lambda r: ('no', 'centre', 'box').index(r['truth']))
+    return sorted([dict(box=n, truth=looks[n], **cells) for n, cells in flat.items()], key=lambda r: order.index(r['truth']))
 
 # %% ../nbs/05i_surgery_demo.ipynb #18fb9140
 def demo(
@@ -124,7 +125,7 @@ def box_pictures(
 ) -> list: # A figure each: cell of the highest map, then cell of the object's centre, for both heads
     "True boxes and those of the heads on the first test drawings, not chosen."
     from wsl_nb.surgery_base import BoxView
-    from wsl_nb.surgery_localisation import centre_cells
+    from wsl_nb.surgery_localisation import home_cells
     from wsl_nb.viz import draw_boxes, strip
     data, clip, figures = embedded_of(LAPTOP), clip_of(LAPTOP), []; models = {k: load_run(run, len(data.classes)) for k, run in runs.items()}
     plain, seen = data.split('test', ('image', 'boxes')), data.split('test', ('image', 'boxes'), BoxView(LAPTOP.side, clip.mean, clip.std))
@@ -132,7 +133,7 @@ def box_pictures(
         s, raw, row = seen[i], plain[i], []; batch = dict(image=s['image'][None], boxes=[s['boxes']], box_labels=[s['box_labels']]); truth = truth_of(batch); H, W = raw['image'].shape[1:]
         for model, cfg in models.values():
             features = frozen_features(clip, batch['image'], model.texts, cfg); pred = model(batch['image'], features, truth.pairs).clamp(0, 1).cpu() * torch.tensor([W, H, W, H])
-            peak = nn.functional.interpolate(features.cams[0, truth.pairs[:, 1]][None], pred.shape[1:3], mode='bilinear')[0].flatten(1).argmax(1); home = centre_cells(truth.boxes, tuple(pred.shape[1:3]))
+            peak = highest_cells(features.cams[0, truth.pairs[:, 1]], tuple(pred.shape[1:3]), 1)[:, 0]; home = home_cells(truth.boxes, tuple(pred.shape[1:3]))
             row += [draw_boxes(raw['image'], raw['boxes'], b) for b in (pred.flatten(1, 2)[range(len(peak)), peak], pred[truth.pair, home[:, 0], home[:, 1]])]
         figures.append(strip(row, columns=4, width=8))
     return figures
@@ -158,7 +159,7 @@ def report(
         dict(title='What was done', text=f'A small CLIP that learnt from drawings and captions says where a word is, patch by patch: plainly, from read-outs by value-value attention (architecture surgery), with what all classes share taken away (feature surgery), and both. Then two heads learnt from the boxes of {LAPTOP.data_train} drawings to give a box for a class that is named ({seeds}). CLIP was trained by neither.\n\nIt took {seconds:.0f} seconds of wall time on {r.device}, one thread a run.'),
         dict(title='Maps on held-out pictures', rows=table_rows({k: bare(v) for k, v in maps.items()}, MAP_ROWS), text='Pixel AUC: the chance that a pixel of the object is hotter than one of the ground; below one half the map is inverted. The shipped CLIP is one training seed; 05e_surgery_claims has four, and says where six blocks are too many.'),
         dict(title='The maps', figures=shown['maps'], text='Of the first 100 test pictures the four whose plain maps are most inverted, then those at a quarter, a half, three quarters and the end of the order. Numbers are pixel AUC; the green line is the object.'),
-        dict(title='Boxes', rows=box_table(results), text='In percent. Where the column truth says no, nothing is looked up: that is what a user gets, one number for each picture and class. The others have one for each object: the cell of its centre, the best cell around it (local), the best of all (oracle). With the centre given, drawing the box is easy here, whatever the class; choosing the cell by the map is what fails.'),
+        dict(title='Boxes', rows=box_table(results), text='In percent. Where the column truth says no, nothing is looked up: that is what a user gets, one number for each picture and class. The others have one for each object: best of 5 takes the best of five peaks of the map, centre the cell of its centre, box the best cell around it or of all. With the centre given, drawing the box is easy here, whatever the class; choosing the cell by the map is what fails.'),
         dict(title='The boxes', figures=shown['boxes'], text='First test pictures. Green: true boxes. Orange, from left to right: earlier head at the cell of the highest map, and at the cells of the centres; head with shared weights at the same two.'),
         dict(title='The losses', figures=curves),
         dict(title='Go on', text='The lesson 05_surgery explains the maps, 05a_surgery_localisation the head.', code='wsl-nb train surgery --preset LAPTOP --out out/mine\nwsl-nb eval surgery --run out/mine --split test\nwsl-nb predict surgery --run out/mine --out pictures IMAGE…')])

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from .core import require, seed_everything
 from .metrics import record
 from .surgery import layer_maps, project, surgery
-from .surgery_base import VIEWS, BoxView, SurgeryConfig, class_texts, clip_path, preset_name, tower, turned
-from .surgery_localisation import box_losses, centre_cells, decode_cell, decode_grid, head_of, match, size_prior, standardise
+from .surgery_base import VIEWS, BoxView, SurgeryConfig, class_texts, clip_hash, clip_path, preset_name, tower, turned
+from .surgery_localisation import box_losses, home_cells, decode_cell, decode_grid, head_of, match, size_prior, standardise
 from .surgery_scores import BoxRows, box_rows, box_summary, count_boxes
 from .training import Run, each_once, lr_factor, sum_processes
 from .training_checkpoint import checkpoint, checkpoints, load_model, load_weights, read_config, read_weights
@@ -38,6 +38,7 @@ class Features(NamedTuple):
 def frozen_tower(
     cfg: SurgeryConfig, # `clip_model`, `clip_file`, `activation`; everything else at its default
     device: str, # Where it shall live
+    mark: str = '', # Of its file, so that another file under the same name is another CLIP
 ) -> nn.Module: # Frozen CLIP
     "The CLIP of a recipe, loaded once a process; it is no part of the model, and draws nothing from global generators."
     with torch.random.fork_rng(devices=[]): return tower(cfg).to(device)
@@ -48,7 +49,9 @@ def clip_of(
     device: torch.device | str = 'cpu', # Where it shall live
 ) -> nn.Module: # Frozen CLIP
     "The CLIP of a recipe, shared by all recipes that name the same."
-    return frozen_tower(SurgeryConfig(clip_model=cfg.clip_model, clip_file=cfg.clip_file, activation=cfg.activation), str(device))
+    device = torch.device(device)
+    if device.type == 'cuda' and device.index is None: device = torch.device('cuda', torch.cuda.current_device()) # cuda and cuda:0 are one
+    return frozen_tower(SurgeryConfig(clip_model=cfg.clip_model, clip_file=cfg.clip_file, activation=cfg.activation), str(device), clip_hash(cfg))
 
 # %% ../nbs/05d_surgery_recipe.ipynb #8407fbd8
 @torch.no_grad()
@@ -149,8 +152,8 @@ class Surgery(nn.Module):
         pairs: Tensor, # Image and class, (P,2)
     ) -> Tensor: # Boxes xyxy in [0,1] and beyond, (P,G,G,4), float32
         "A box for each cell and pair."
-        raw = self.head(images, features.tokens, standardise(features.cams), pairs).float()
-        return decode_cell(raw) if self.cfg.head == 'cell' else decode_grid(raw, self.prior[pairs[:, 1]], self.cfg.reach, self.cfg.spread)
+        earlier = self.cfg.head == 'cell'; raw = self.head(images, features.tokens, features.cams if earlier else standardise(features.cams), pairs).float() # the earlier head takes the maps as they are
+        return decode_cell(raw) if earlier else decode_grid(raw, self.prior[pairs[:, 1]], self.cfg.reach, self.cfg.spread)
 
 # %% ../nbs/05d_surgery_recipe.ipynb #e54e9d0f
 def weights(
@@ -167,11 +170,13 @@ def losses(
     step: int, # Update
     cfg: SurgeryConfig, # Recipe
     features: Features | None = None, # Of these images; None: computed here
+    count: Tensor | None = None, # Objects, and those without a cell, are added to its two numbers
 ) -> dict[str, Tensor]: # Keys of `weights`
     "Corner distance and 1 - GIoU of the chosen cells, in the channel of the true class only."
     if features is None: features = frozen_features(clip_of(cfg, batch['image'].device), batch['image'], model.texts, cfg)
     truth = truth_of(batch); pred = model(batch['image'], Features(*features), truth.pairs)
     found = match(pred.detach(), truth.boxes, truth.pair, cfg.matching, cfg.radius, cfg.match_iou)
+    if count is not None: count += torch.stack([torch.as_tensor(len(truth.boxes), device=count.device), found.unassigned.to(count)])
     terms = box_losses(pred, truth.boxes, truth.pair, found, cfg.reduction, cfg.l1)
     return {k: terms[k] for k in weights(cfg, step)}
 
@@ -224,7 +229,7 @@ def learnt_part(
 def every_box(
     split, # `data.Split` with boxes
 ) -> tuple[Tensor, Tensor]: # All boxes, corners in [0,1], (M,4); their classes (M,)
-    "The annotations of a split, without opening a picture."
+    "The annotations of a split, without decoding a picture."
     boxes, labels = [], []
     for i in range(len(split)):
         (b, l), (H, W) = split.source.read(split.name, i, 'boxes'), split.source.size(split.name, i)
@@ -270,12 +275,14 @@ def train(
     run = Run(cfg, out, resume, model, groups(model, cfg), lr_factor, split)
     if run.rank == 0 and run.step == 0: note_start(run.out, **files)
     clip = clip_of(cfg, run.device); cache = Cache(clip, run.model.texts, split, cfg) if cfg.cache and run.step < run.cfg.steps else None
-    scored = data.split(cfg.eval_split) if cfg.eval_split else ()
+    scored, count = data.split(cfg.eval_split) if cfg.eval_split else (), torch.zeros(2, dtype=torch.long, device=run.device)
     for step, batch in run:
         features = cache(batch, run.device) if cache else frozen_features(clip, batch['image'], run.model.texts, cfg)
-        with run.forward(): terms = losses(run.model, batch, step, cfg, features)
+        with run.forward(): terms = losses(run.model, batch, step, cfg, features, count)
         run.update(terms, total(terms, run.model, step, cfg), weights(cfg, step), dict(features=tuple(features)))
         if cfg.eval_split and run.due('evaluate'): run.record(evaluate(run.plain_model, scored.first(cfg.eval_images if cfg.eval_images < len(scored) else 0), cfg))
+    drawn, left = sum_processes(count).tolist()
+    if drawn and run.rank == 0: print(f'matching: {left} of {drawn} objects that were drawn had no cell to learn from')
     return run.close()
 
 # %% ../nbs/05d_surgery_recipe.ipynb #352ea08f
@@ -284,8 +291,8 @@ def load_run(
     classes: int, # C
     which: str | int = 'best', # 'best', 'last' or a number of steps
 ) -> tuple[Surgery, SurgeryConfig]: # In evaluation mode; its recipe
-    "Head and recipe of a run. Raises: `BadInput` if a part is missing or damaged."
-    run = Path(run); cfg = read_config(run/'config.yaml', SurgeryConfig)
+    "Head and recipe of a run. Raises: `BadInput` if a part is missing or damaged, or CLIP's file is not the one that it was trained on."
+    run = Path(run); cfg = read_config(run/'config.yaml', SurgeryConfig); check_start(run, clip_file=clip_path(cfg))
     if which == 'best' and not json.loads((checkpoint(run)/'progress.json').read_text()).get('best'): which = 'last'
     return load_model(Surgery(cfg, classes), checkpoint(run, which)), cfg
 
@@ -295,7 +302,7 @@ def true_maps(
     truth: Truth, # Objects of the batch
 ) -> Tensor: # (B,C,h,w): 1 where the middle of a cell lies in a true box of the class, and at the cell of its centre
     "What perfect maps would show."
-    out, (h, w) = torch.zeros_like(cams), cams.shape[-2:]; y, x = ((torch.arange(n, device=cams.device) + .5) / n for n in (h, w)); home = centre_cells(truth.boxes, (h, w))
+    out, (h, w) = torch.zeros_like(cams), cams.shape[-2:]; y, x = ((torch.arange(n, device=cams.device) + .5) / n for n in (h, w)); home = home_cells(truth.boxes, (h, w))
     for (x0, y0, x1, y1), (b, c), (i, j) in zip(truth.boxes, truth.pairs[truth.pair].tolist(), home.tolist()):
         out[b, c] = out[b, c].maximum((((y >= y0) & (y < y1))[:, None] & ((x >= x0) & (x < x1))[None]).to(out)); out[b, c, i, j] = 1
     return out
@@ -325,7 +332,7 @@ def count_split(
     return sum_processes(sums)
 
 # %% ../nbs/05d_surgery_recipe.ipynb #e88c20d9
-WORDS = dict(local='best cell around the centre', centre='cell of the centre', cam_top1='cell of the highest map', peaks='best of the five highest peaks of the map', oracle='best of all cells', oracle_pair='best of all cells, one a class') # Choices as tables name them
+WORDS = dict(local='best cell around the centre', centre='cell of the centre', cam_top1='cell of the highest map', peaks='best of the five highest peaks of the map, by the truth', oracle='best of all cells', oracle_pair='best of all cells, one a class') # Choices as tables name them
 
 # %% ../nbs/05d_surgery_recipe.ipynb #a3ad7014
 def how_made(
@@ -334,7 +341,7 @@ def how_made(
 ) -> dict: # Keys of `metrics.PROTOCOL`
     "The protocol of a record."
     note = '; RemoteCLIP was trained on captions of DIOR' if cfg.layout == 'dior' else ''
-    return dict(labels='boxes', tags='true classes', scales='1', size=f'{cfg.side} x {cfg.side}, squashed, {cfg.grid} x {cfg.grid} cells', threshold=WORDS[choice], border=f'true IoU, >={note}')
+    return dict(labels=f'boxes; CLIP {cfg.clip_model} {clip_hash(cfg)}', tags='true classes', scales='1', size=f'{cfg.side} x {cfg.side}, squashed, {cfg.grid} x {cfg.grid} cells', threshold=WORDS[choice], border=f'true IoU, >={note}')
 
 # %% ../nbs/05d_surgery_recipe.ipynb #8ca576a3
 def box_records(

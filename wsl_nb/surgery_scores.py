@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CUTS', 'PEAKS', 'LEVELS', 'SIZES', 'CHOICES', 'score_map', 'map_scores', 'map_summary', 'choose_cut', 'BoxRows',
-           'peak_cells', 'box_rows', 'count_boxes', 'box_summary', 'prior_rows', 'reading']
+           'peak_cells', 'highest_cells', 'box_rows', 'count_boxes', 'box_summary', 'prior_rows', 'reading']
 
 # %% ../nbs/05c_surgery_scores.ipynb #303a6919
 from typing import NamedTuple
@@ -18,8 +18,9 @@ from .core import denormalise, normalise, require
 from .data_transforms import Square
 from .metrics import pixel_auc
 from .surgery import enlarged, word_maps
-from .surgery_localisation import centre_cells, pair_iou, windows
+from .surgery_localisation import home_cells, pair_iou, windows
 from .training import each_once
+from .training_order import gather_processes
 
 # %% ../nbs/05c_surgery_scores.ipynb #e7a3647a
 CUTS = np.linspace(.05, .95, 19) # Thresholds of a stretched map that are tried
@@ -44,7 +45,7 @@ def map_scores(
     treatments: dict, # Name -> arguments of `word_maps`: blocks, attention, redundant
     batch: int = 50, # Images
 ) -> dict[str, np.ndarray]: # Name -> a row of `score_map` for each picture and class that is in it
-    "Scores of every present class in every picture, in the order of the split; pictures are squashed to the side of CLIP, masks keep their size."
+    "Scores of every present class in every picture, in the order of the split (process by process, where there are several); pictures are squashed to the side of CLIP, masks keep their size."
     require('mask' in split.source.fields, f'{split.dataset} {split.name} without masks', 'a split with masks', 'choose drawn images, VOC or COCO')
     device, rows = next(clip.parameters()).device, {name: [] for name in treatments}
     for got in each_once(split.view(('image', 'label', 'mask'), Square(clip.side)), batch, device):
@@ -53,7 +54,7 @@ def map_scores(
             maps = word_maps(clip, images, texts, **how)
             for b, mask in enumerate(got['mask']):
                 shown = enlarged(maps[b:b + 1], tuple(mask.shape))[0].cpu(); rows[name] += [score_map(shown[c], mask.cpu() == c + 1) for c in got['label'][b].nonzero().flatten().tolist()]
-    return {name: np.stack(r) for name, r in rows.items()}
+    return {name: np.stack([r for part in gather_processes(own) for r in part]) for name, own in rows.items()}
 
 # %% ../nbs/05c_surgery_scores.ipynb #d9e54404
 def map_summary(
@@ -91,6 +92,15 @@ def peak_cells(
     top = F.max_pool2d(maps[:, None], 3, 1, 1)[:, 0] <= maps; value, cells = maps.masked_fill(~top, float('-inf')).flatten(1).topk(min(count, maps[0].numel()))
     return torch.where(value.isinf(), cells[:, :1], cells)
 
+# %% ../nbs/05c_surgery_scores.ipynb #7d55f683
+def highest_cells(
+    maps: Tensor, # Of any grid, (P,h,w)
+    grid: tuple[int, int], # Of the head
+    count: int = PEAKS, # See `peak_cells`
+) -> Tensor: # int64 (P,count)
+    "`peak_cells` on the grid of a head, without a look at the truth; the first is the highest."
+    return peak_cells(F.interpolate(maps[:, None].float(), tuple(grid), mode='bilinear', align_corners=False)[:, 0], count)
+
 # %% ../nbs/05c_surgery_scores.ipynb #f6668336
 def box_rows(
     pred: Tensor, # Boxes, corners in [0,1] and beyond, (P,Gh,Gw,4)
@@ -101,9 +111,9 @@ def box_rows(
 ) -> BoxRows: # True IoU; predictions are cut to the picture first
     "Every object and pair under each choice."
     grid, pred = tuple(pred.shape[1:3]), pred.float().clamp(0, 1)
-    iou, home = pair_iou(pred[pair], boxes[:, None, None]), centre_cells(boxes, grid)
+    iou, home = pair_iou(pred[pair], boxes[:, None, None]), home_cells(boxes, grid)
     near = iou.masked_fill(~windows(home, grid, radius), -1)
-    at = peak_cells(F.interpolate(cams[:, None].float(), grid, mode='bilinear', align_corners=False)[:, 0])
+    at = highest_cells(cams, grid)
     peaks = pair_iou(pred.flatten(1, 2)[pair[:, None], at[pair]], boxes[:, None]); chosen = peaks[:, 0]; pairs, own = pair.unique(return_inverse=True)
     best = lambda v: v.new_zeros(len(pairs)).scatter_reduce(0, own, v, 'amax')
     oracle = iou.flatten(1).amax(1)
@@ -127,7 +137,7 @@ def count_boxes(
     size = (sides.cpu() >= 32).long() + (sides.cpu() > 96).long()
     values = [*rows.objects.unbind(1), rows.top1, rows.oracle]
     for k, iou in enumerate(v.double().cpu() for v in values):
-        facts = torch.cat([torch.ones(len(iou), 1, dtype=torch.float64), iou[:, None], (iou[:, None] >= torch.tensor(LEVELS) - 1e-9).double(), F.one_hot((iou * 10).long().clamp(max=9), 10).double()], 1)
+        facts = torch.cat([torch.ones(len(iou), 1, dtype=torch.float64), iou[:, None], (iou[:, None] >= torch.tensor(LEVELS, dtype=torch.float64) - 1e-6).double(), F.one_hot((iou * 10 + 1e-5).long().clamp(max=9), 10).double()], 1)
         label, part = (labels, size) if k < len(CHOICES) - 2 else (pair_labels, torch.full((len(iou),), len(SIZES)))
         out[k].view(-1, 15).index_add_(0, label.cpu() * (len(SIZES) + 1) + part, facts)
     return out
@@ -158,11 +168,12 @@ def prior_rows(
     grid: int, # Cells a side
 ) -> Tensor: # (M,2): typical box at the best cell, at the true centre
     "IoU of boxes of typical size."
-    half = prior[labels] / 2; centre = (boxes[:, :2] + boxes[:, 2:]) / 2
-    own = pair_iou(torch.cat([centre - half, centre + half], 1).clamp(0, 1), boxes)
-    place = (torch.arange(grid, device=boxes.device) + .5) / grid; at = torch.stack(torch.meshgrid(place, place, indexing='xy'), -1).flatten(0, 1)
-    every = torch.cat([at[None] - half[:, None], at[None] + half[:, None]], -1).clamp(0, 1)
-    return torch.stack([pair_iou(every, boxes[:, None]).amax(1), own], 1)
+    place = (torch.arange(grid, device=boxes.device) + .5) / grid; at, rows = torch.stack(torch.meshgrid(place, place, indexing='xy'), -1).flatten(0, 1), []
+    for own, kinds in zip(boxes.split(500), labels.split(500)): # every box at every cell at once would not fit for whole sets
+        half, centre = prior[kinds] / 2, (own[:, :2] + own[:, 2:]) / 2
+        every = torch.cat([at[None] - half[:, None], at[None] + half[:, None]], -1).clamp(0, 1)
+        rows.append(torch.stack([pair_iou(every, own[:, None]).amax(1), pair_iou(torch.cat([centre - half, centre + half], 1).clamp(0, 1), own)], 1))
+    return torch.cat(rows) if rows else boxes.new_zeros(0, 2)
 
 # %% ../nbs/05c_surgery_scores.ipynb #efe55720
 def reading(
@@ -180,7 +191,7 @@ def reading(
     if train - held_out >= .1: return f'not answered: {train:.0%} on training pictures, {held_out:.0%} on others: data, not the head'
     if held_out - constant <= .2: return f'not answered: {held_out:.0%}, and {constant:.0%} for boxes of typical size'
     large = by_size[SIZES[2]].get('acc@0.5')
-    if held_out > .7: return f'{held_out:.0%}: drawing the box is not the bottleneck; look at cam_top1'
     if large is not None and large < .5: return f'{large:.0%} of large objects: head or training'
+    if held_out > .7: return f'{held_out:.0%}: drawing the box is not the bottleneck; look at cam_top1'
     if held_out < .5: return f'{held_out:.0%}, but {large:.0%} of large objects: resolution, not the head' if large is not None else f'{held_out:.0%}, and no large objects: not decided'
     return f'{held_out:.0%}: undecided'

@@ -50,7 +50,7 @@ def provenance(
     cpu: float, # `time.process_time` at the start
 ) -> dict: # Arguments of `metrics.record`
     "Where a number comes from. A real-data recipe without pretrained weights says so in the name of its preset."
-    start = '' if cfg.init or cfg.layout == 'embedded' else ', from random weights'
+    start = '' if getattr(cfg, getattr(type(cfg), 'PRETRAINED', 'init')) or cfg.layout == 'embedded' else ', from random weights'
     named = asdict(cfg) | {k: Path(getattr(cfg, k)).name for k in ('init', 'clip_file') if hasattr(cfg, k)} # the same file in another folder is the same recipe
     return dict(images=len(split), seeds=cfg.seed, preset=preset + start, config_hash=text_hash(named), weights_hash=state_hash(model.state_dict()), data_hash=split.hash, subset=split.subset,
                 seconds=time.perf_counter() - clock, cpu_seconds=time.process_time() - cpu, device=next(model.parameters()).device)
