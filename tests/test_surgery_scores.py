@@ -102,7 +102,7 @@ def test_baselines_stand_in_one_table():
     assert all(0 <= v <= 1 for one in found.values() for v in one.scores.values()) and all(set(one.scores) == {'mean IoU', 'acc@0.3', 'acc@0.5', 'acc@0.7'} for one in found.values())
     from wsl_nb.surgery_baselines import baseline_records
     records = recipe.evaluate(model, data.split('test'), cfg) + baseline_records(model, data.split('test'), cfg); table = {r['box']: r['truth'] for r in box_table(dict(grid=records))}; assert len(table) == len(found) + 5 and {k: table[k] for k in found} == {k: one.truth for k, one in found.items()}
-    assert table['grid head, cell of the highest map'] == 'no' and table['grid head, best of the five highest peaks of the map, by the truth'] == 'best of 5' and all(set(r.protocol) == set(PROTOCOL) for r in records)
+    assert table['grid head, cell of the highest map'] == 'no' and table['grid head, best of five peaks of the map'] == 'best of 5' and all(set(r.protocol) == set(PROTOCOL) for r in records)
 
 
 def test_threshold_boxes_are_the_largest_region():
@@ -242,7 +242,7 @@ def test_protocols_say_how_each_box_was_chosen():
     module, cfg, data = prepare('surgery', dict(steps=2)); model = recipe.new_model(cfg, data, recipe.clip_of(cfg)).eval()
     from wsl_nb.surgery_baselines import baseline_records
     found = compare_boxes(model, data.split('test'), cfg); said = {r.metric.rpartition(': ')[0]: r.protocol['threshold'] for r in baseline_records(model, data.split('test'), cfg)}
-    assert said['untrained head, best of the five highest peaks of the map, by the truth'] == 'best of the five highest peaks of the map, by the truth' and said['typical size, true centre'] == 'box of typical size, true centre' and 'maps true' in said['grid head, maps true, cell of the highest map'] and 'of the recipe' in said['map above a threshold: plain CLIP']
+    assert said['untrained head, best of five peaks of the map'] == 'best of five peaks of the map' and said['typical size, true centre'] == 'box of typical size, true centre' and 'maps true' in said['grid head, maps true, cell of the highest map'] and 'of the recipe' in said['map above a threshold: plain CLIP']
     assert {k: v.truth for k, v in found.items() if 'untrained' in k} == {f'untrained head, {recipe.WORDS[c]}': t for c, t in dict(cam_top1='no', peaks='best of 5', centre='centre', local='box', oracle='box').items()} and found['grid head, maps true, cell of the highest map'].truth == 'box' and found['typical size, best of all cells'].truth == 'box'
 
 

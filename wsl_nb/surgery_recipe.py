@@ -332,7 +332,7 @@ def count_split(
     return sum_processes(sums)
 
 # %% ../nbs/05d_surgery_recipe.ipynb #e88c20d9
-WORDS = dict(local='best cell around the centre', centre='cell of the centre', cam_top1='cell of the highest map', peaks='best of the five highest peaks of the map, by the truth', oracle='best of all cells', oracle_pair='best of all cells, one a class') # Choices as tables name them
+WORDS = dict(local='best cell around the centre', centre='cell of the centre', cam_top1='cell of the highest map', peaks='best of five peaks of the map', oracle='best of all cells', oracle_pair='best of all cells, one a class') # Choices as tables name them
 
 # %% ../nbs/05d_surgery_recipe.ipynb #a3ad7014
 def how_made(
