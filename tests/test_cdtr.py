@@ -15,11 +15,11 @@ import parity
 import parity_cdtr
 import reference_cdtr as plain
 from wsl_nb import cdtr, cdtr_base as base, cdtr_weights
-from wsl_nb.vit_clip import random_clip
 from wsl_nb.core import BadInput, normalise, rng, seed_everything, torch_rng
+from wsl_nb.data_farm import VOCABULARY
 from wsl_nb.data_transforms import crop_box, resize
 from wsl_nb.training_config import autocast
-from wsl_nb.vit_clip import image_features
+from wsl_nb.vit_clip import image_features, random_clip
 
 GOLDEN = Path(__file__).parent/'golden'/'cdtr'
 TINY = replace(base.CUB_OFFICIAL, dim=24, depth=4, heads=3, patch=8, side=6, mlp_ratio=2., drop_path=0., csm_width=3, ocm_blocks=3, clip_dim=7, precision='fp32', batch=3)

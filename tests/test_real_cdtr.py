@@ -18,6 +18,7 @@ from wsl_nb.cdtr_base import CUB
 from wsl_nb.core import file_hash, read_image, write_image
 from wsl_nb.formats import open_set
 from wsl_nb.training_checkpoint import read_log
+from wsl_nb.vit_clip import random_clip
 
 pytestmark = pytest.mark.data
 TERMS = {'cls', 'csm', 'area', 'map', 'ski'} # Without CLIP
