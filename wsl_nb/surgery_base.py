@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['DIOR', 'VHR10', 'DIOR_EARLIER', 'LAPTOP', 'LAPTOP_EARLIER', 'PRESETS', 'CHANGES', 'NESTED', 'SCENES', 'VIEWS',
-           'SurgeryConfig', 'preset_name', 'prompt_set', 'tower', 'clip_path', 'hash_of', 'clip_hash', 'class_words',
-           'class_texts', 'turned', 'turned_boxes', 'BoxView']
+           'SurgeryConfig', 'preset_name', 'prompt_set', 'tower', 'class_words', 'class_texts', 'turned',
+           'turned_boxes', 'BoxView']
 
 # %% ../nbs/05b_surgery_base.ipynb #826e44a5
-import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -17,16 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .core import ASSETS, file_hash, normalise, require
+from .core import normalise, require
 from .data import cache_folder
 from .data_farm import VOCABULARY
 from .data_transforms import resize
 from .formats_aerial import DIOR_LEARNT, DIOR_WORDS
 from .training import RunConfig
-from .training_checkpoint import load_weights
 from .training_records import preset_of
 from .vit import text_features
-from .vit_clip import farm_clip, load_clip, random_clip, read_clip_file
+from .vit_clip import recipe_clip
 
 # %% ../nbs/05b_surgery_base.ipynb #380188a5
 @dataclass(frozen=True)
@@ -134,43 +132,13 @@ def prompt_set(
     from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
     return tuple(t('{}') for t in OPENAI_IMAGENET_TEMPLATES) + SCENES
 
-# %% ../nbs/05b_surgery_base.ipynb #2d3b1470
+# %% ../nbs/05b_surgery_base.ipynb #f3ba6cc3
 def tower(
     cfg: SurgeryConfig, # `clip_model`, `clip_file`, `activation`
     say=print, # Gets the line that says what was loaded
 ) -> nn.Module: # Frozen, with `tokenizer`, `mean`, `std`, `side`
-    "The CLIP of a recipe. Raises: `BadInput` for an unknown model, or a file that is missing or does not fit."
-    if cfg.clip_model == 'farm' and not cfg.clip_file: return farm_clip(list(VOCABULARY))
-    if cfg.clip_model == 'farm':
-        clip, (state, _) = random_clip('farm', list(VOCABULARY)), read_clip_file(cfg.clip_file); load_weights(clip, state, cfg.clip_file)
-        return clip
-    require(cfg.clip_file, f'no clip_file for {cfg.clip_model}', 'a file of its weights', 'say --clip_file FILE, e.g. RemoteCLIP-ViT-B-32.pt (wsl-nb data fetch remoteclip says where it is), or --clip_model farm')
-    return load_clip(cfg.clip_model, cfg.clip_file, dict(auto=None, quickgelu=True, gelu=False)[cfg.activation], say=say)
-
-# %% ../nbs/05b_surgery_base.ipynb #ed4a1ab7
-def clip_path(
-    cfg: SurgeryConfig, # Recipe
-) -> Path: # Of the weight file
-    "The file on which the frozen features depend; 'farm' is one of the package."
-    return ASSETS/'clip_farm.safetensors' if cfg.clip_model == 'farm' and not cfg.clip_file else Path(cfg.clip_file)
-
-# %% ../nbs/05b_surgery_base.ipynb #ad5c41f2
-@functools.lru_cache(8)
-def hash_of(
-    file: str, # Path
-    size: int, # Bytes
-    changed: int, # Time of the last change, ns
-) -> str: # SHA-256
-    "Hash of a file, computed once as long as size and time stay."
-    return file_hash(file)
-
-# %% ../nbs/05b_surgery_base.ipynb #0c46545c
-def clip_hash(
-    cfg: SurgeryConfig, # Recipe
-) -> str: # First twelve digits of the SHA-256 of CLIP's file, empty if there is none
-    "Which weights of CLIP a recipe means: two files may have one name."
-    file = clip_path(cfg)
-    return hash_of(str(file), file.stat().st_size, file.stat().st_mtime_ns)[:12] if file.is_file() else ''
+    "The CLIP of a recipe. Raises: `BadInput` as `vit_clip.recipe_clip`."
+    return recipe_clip(cfg, list(VOCABULARY), say)
 
 # %% ../nbs/05b_surgery_base.ipynb #36bf29b5
 def class_words(

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from .core import require, seed_everything
 from .metrics import record
 from .surgery import layer_maps, project, surgery
-from .surgery_base import VIEWS, BoxView, SurgeryConfig, class_texts, clip_hash, clip_path, preset_name, tower, turned
+from .surgery_base import VIEWS, BoxView, SurgeryConfig, class_texts, preset_name, tower, turned
 from .surgery_localisation import box_losses, home_cells, decode_cell, decode_grid, head_of, match, size_prior, standardise
 from .surgery_scores import BoxRows, box_rows, box_summary, count_boxes
 from .training import Run, each_once, lr_factor, sum_processes
 from .training_checkpoint import checkpoint, checkpoints, load_model, load_weights, read_config, read_weights
 from .training_records import check_splits, check_start, note_start, provenance
+from .vit_clip import clip_hash, clip_path
 
 # %% ../nbs/05d_surgery_recipe.ipynb #c1fe05a8
 class Features(NamedTuple):

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['OPENAI_MEAN', 'OPENAI_STD', 'WordTokenizer', 'clip_farm', 'equip', 'freeze', 'image_features', 'similarity',
-           'farm_clip', 'read_clip_file', 'choose_activation', 'load_clip', 'random_clip']
+           'farm_clip', 'read_clip_file', 'choose_activation', 'load_clip', 'random_clip', 'recipe_clip', 'clip_path',
+           'hash_of', 'clip_hash']
 
 # %% ../nbs/13c_vit_clip.ipynb #f272a8b0
-import difflib, pickle, zipfile
+import difflib, functools, pickle, zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import MEAN, STD, BadInput, asset, require
+from .core import ASSETS, MEAN, STD, BadInput, asset, file_hash, require
 
 # %% ../nbs/13c_vit_clip.ipynb #1303f2d8
 class WordTokenizer:
@@ -252,3 +253,42 @@ def random_clip(
     import open_clip
     cfg = _clip_config(name); clip = open_clip.model.CLIP(cfg['embed_dim'], cfg['vision_cfg'], cfg['text_cfg'], quick_gelu=bool(cfg.get('quick_gelu')))
     return freeze(equip(clip, open_clip.SimpleTokenizer(context_length=clip.context_length), OPENAI_MEAN, OPENAI_STD))
+
+# %% ../nbs/13c_vit_clip.ipynb #c389bf8f
+def recipe_clip(
+    cfg, # Recipe with `clip_model` ('farm' or a name that open_clip knows), `clip_file`, `activation` ('auto', 'quickgelu', 'gelu')
+    words: list[str], # Vocabulary of 'farm'
+    say=print, # Gets the line that says what was loaded
+) -> nn.Module: # Frozen, with `tokenizer`, `mean`, `std`, `side`
+    "The CLIP of a recipe; 'farm' without a file is the shipped one. Raises: `BadInput` for an unknown model, or a file that is missing or does not fit."
+    if cfg.clip_model == 'farm' and not cfg.clip_file: return farm_clip(words)
+    if cfg.clip_model == 'farm':
+        clip = random_clip('farm', words); clip.load_state_dict(_fit(clip, read_clip_file(cfg.clip_file)[0], cfg.clip_file))
+        return clip
+    require(cfg.clip_file, f'no clip_file for {cfg.clip_model}', 'a file of its weights', 'say --clip_file FILE, e.g. RemoteCLIP-ViT-B-32.pt (wsl-nb data fetch remoteclip says where it is), or --clip_model farm')
+    return load_clip(cfg.clip_model, cfg.clip_file, dict(auto=None, quickgelu=True, gelu=False)[cfg.activation], say=say)
+
+# %% ../nbs/13c_vit_clip.ipynb #08d648b1
+def clip_path(
+    cfg, # Recipe with `clip_model`, `clip_file`
+) -> Path: # Of the weight file
+    "The file on which the frozen features depend; 'farm' is one of the package."
+    return ASSETS/'clip_farm.safetensors' if cfg.clip_model == 'farm' and not cfg.clip_file else Path(cfg.clip_file)
+
+# %% ../nbs/13c_vit_clip.ipynb #1c0b27e5
+@functools.lru_cache(8)
+def hash_of(
+    file: str, # Path
+    size: int, # Bytes
+    changed: int, # Time of the last change, ns
+) -> str: # SHA-256
+    "Hash of a file, computed once as long as size and time stay."
+    return file_hash(file)
+
+# %% ../nbs/13c_vit_clip.ipynb #341a0d1e
+def clip_hash(
+    cfg, # Recipe with `clip_model`, `clip_file`
+) -> str: # First twelve digits of the SHA-256 of CLIP's file, empty if there is none
+    "Which weights of CLIP a recipe means: two files may have one name."
+    file = clip_path(cfg)
+    return hash_of(str(file), file.stat().st_size, file.stat().st_mtime_ns)[:12] if file.is_file() else ''
