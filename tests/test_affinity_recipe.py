@@ -22,6 +22,7 @@ from wsl_nb.metrics import PROTOCOL, ledger, read_results, write_results
 from wsl_nb.metrics_binary import BORDERS
 from wsl_nb.training_checkpoint import as_plain
 from wsl_nb.training_config import lr_factor
+from wsl_nb.training_records import begin_stage
 from wsl_nb.training_order import Order
 
 STAGES, TRAINED, KINDS = affinity_recipe.STAGES, affinity_base.TRAINED, affinity_scores.KINDS
@@ -206,8 +207,8 @@ def test_a_stage_of_files_does_not_end_with_a_hole(run, tmp_path, monkeypatch):
 
 def test_files_of_another_hash_are_not_taken(run, tmp_path):
     out, cfg, data = Path(shutil.copytree(run[0]/'labels', tmp_path/'labels')), *run[1:]; before = {p.name: p.read_bytes() for p in (out/'files').iterdir()}
-    (out/'result.json').unlink(); affinity_labels.begin(out, json.loads((out/'stage.json').read_text())['stage_hash']); assert {p.name for p in (out/'files').iterdir()} == before.keys()
-    affinity_labels.begin(out, 'other'); assert not (out/'files').exists() and json.loads((out/'stage.json').read_text()) == dict(stage_hash='other')
+    (out/'result.json').unlink(); begin_stage(out, json.loads((out/'stage.json').read_text())['stage_hash']); assert {p.name for p in (out/'files').iterdir()} == before.keys()
+    begin_stage(out, 'other'); assert not (out/'files').exists() and json.loads((out/'stage.json').read_text()) == dict(stage_hash='other')
 
 
 def test_a_stage_whose_input_was_made_anew_is_trained_anew(run, tmp_path, monkeypatch):

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['CRF', 'pixels', 'equal_sizes', 'class_activation', 'unit_sum', 'network_input', 'embeddings', 'colour_embedding',
-           'walked', 'label_file', 'begin', 'finish', 'open_labels', 'make_labels', 'make_pseudo', 'crop_place',
-           'crop_pair', 'LongSideView', 'ConfidentView', 'PseudoView', 'train_transform']
+           'walked', 'label_file', 'finish', 'open_labels', 'make_labels', 'make_pseudo', 'crop_place', 'crop_pair',
+           'LongSideView', 'ConfidentView', 'PseudoView', 'train_transform']
 
 # %% ../nbs/04c_affinity_labels.ipynb #cdf4f857
-import json, shutil, time
+import json, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from .core import atomic, normalise, read_mask, require, write_mask
 from .crf import CRFParams, crf_many
 from .data_transforms import RandomView, colour_jitter, padded_window, resize
 from .training_order import gather_processes, world
+from .training_records import begin_stage
 
 # %% ../nbs/04c_affinity_labels.ipynb #7e30cc71
 CRF = CRFParams(iterations=10, gaussian_sxy=3, gaussian_compat=3, bilateral_sxy=80, bilateral_srgb=13, bilateral_compat=10) # As the released code sets them
@@ -120,18 +121,6 @@ def label_file(
     "Where a stage keeps what it made of an image."
     return Path(folder)/'files'/f'{name}{ending}'
 
-# %% ../nbs/04c_affinity_labels.ipynb #392e800e
-def begin(
-    folder: Path, # Of a stage that writes files
-    hash: str, # Of the stage
-) -> None: # stage.json is there; files of another hash are gone
-    "Claims the folder of a stage for this hash."
-    note = Path(folder)/'stage.json'
-    if world()[0] == 0 and (not note.is_file() or json.loads(note.read_text())['stage_hash'] != hash):
-        shutil.rmtree(folder, ignore_errors=True)
-        with atomic(note) as spare: spare.write_text(json.dumps(dict(stage_hash=hash)) + '\n')
-    gather_processes(None)
-
 # %% ../nbs/04c_affinity_labels.ipynb #944b2d0d
 def finish(
     folder: Path, # Of a stage that wrote files
@@ -172,7 +161,7 @@ def make_labels(
     say=print, # Gets a line about the CRF
 ) -> dict: # What result.json holds
     "Writes for each training image its CAM and, under the low and the high exponent, its refined probabilities. Source: official code; storage ours."
-    clock = time.perf_counter(); begin(folder, hash)
+    clock = time.perf_counter(); begin_stage(folder, hash)
     def _jobs():
         for group in equal_sizes(split, cfg):
             todo = {s['id'] for s in group if not label_file(folder, s['id'], '.npz').is_file()}
@@ -200,7 +189,7 @@ def make_pseudo(
     say=print, # Gets a line about the CRF
 ) -> dict: # What result.json holds
     "Writes the pseudo label of each training image: CAM, background, random walk, and the dense CRF if the recipe has it. Source: official code and paper."
-    clock = time.perf_counter(); begin(folder, hash)
+    clock = time.perf_counter(); begin_stage(folder, hash)
     def _jobs():
         for group in equal_sizes(split, cfg):
             todo = {s['id'] for s in group if not label_file(folder, s['id'], '.png').is_file()}

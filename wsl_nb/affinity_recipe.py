@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'HOW', 'FIELDS', 'CHOICE', 'CODE', 'MODELS', 'LOSSES', 'RANGES', 'DEMO', 'SHOWN', 'stage_hashes',
-           'from_imagenet', 'new_model', 'train_stage', 'check_values', 'check_recipe', 'train', 'load_parts', 'close',
+           'from_imagenet', 'new_model', 'train_stage', 'check_values', 'check_recipe', 'train', 'load_parts',
            'load_run', 'train_and_score', 'updates', 'gain_values', 'gains', 'demo', 'demo_pictures', 'report']
 
 # %% ../nbs/04a_affinity_recipe.ipynb #b2750dcc
@@ -16,9 +16,9 @@ from torch import nn
 
 from .affinity import AffinityNet, losses_affinity, losses_classifier, losses_segment
 from .affinity_base import LAPTOP, LAPTOP_CAMOUFLAGE, TRAINED, AffinityNetConfig, Classifier, Segmenter, optimizer, stage_config, total, weights
-from .affinity_labels import begin, make_labels, make_pseudo, pixels, train_transform
+from .affinity_labels import make_labels, make_pseudo, pixels, train_transform
 from .affinity_scores import KINDS, Pipeline, evaluate, label_maps, score_maps, stage_scores
-from .core import atomic, file_hash, require, seed_everything
+from .core import file_hash, require, seed_everything
 from .crf import crf_backend
 from .data import embedded_of
 from .metrics import write_results
@@ -26,7 +26,7 @@ from .training import Run, claim, lr_factor, stage_done, stage_hash
 from .training_checkpoint import checkpoint, load_model, load_weights, read_config, read_weights
 from .training_config import check_config
 from .training_order import world
-from .training_records import check_splits, check_start, note_start, run_seeds, scored_run, table_rows
+from .training_records import begin_stage, check_splits, check_start, close_stages, note_start, run_seeds, scored_run, table_rows
 
 # %% ../nbs/04a_affinity_recipe.ipynb #77ccaeaf
 STAGES = ('classifier', 'labels', 'affinity', 'pseudo', 'segment') # In the order in which they run; three train, two write files
@@ -159,14 +159,14 @@ def train(
     if cfg.init and world()[0] == 0: note_start(out, cfg.init)
     images, clock = data.split(cfg.train_split, ('image', 'label')), time.perf_counter()
     hashes = stage_hashes(cfg, data)
-    for stage in (s for s, h in hashes.items() if not stage_done(out/s, h)): begin(out/stage, hashes[stage]) # nothing of another hash stays
+    for stage in (s for s, h in hashes.items() if not stage_done(out/s, h)): begin_stage(out/stage, hashes[stage]) # nothing of another hash stays
     for stage, hash in hashes.items():
         if stage_done(out/stage, hash): print(f'{stage}: done'); continue
         print(f'{stage}:'); before = load_parts(out, cfg, len(data.classes))
         if stage == 'labels': make_labels(before.classifier, images, cfg, out/stage, hash)
         elif stage == 'pseudo': make_pseudo(before.affinity, images, out/'labels', cfg, out/stage, hash)
         else: train_stage(stage, cfg, data, out, hash, before)
-    return close(cfg, data, out, time.perf_counter() - clock)
+    return close_stages(out, tuple(hashes), time.perf_counter() - clock)
 
 # %% ../nbs/04a_affinity_recipe.ipynb #0daac5ff
 def load_parts(
@@ -179,21 +179,6 @@ def load_parts(
     ready = lambda stage: stage in cfg.stages and (out/stage/'result.json').is_file()
     def _best(folder): return which if which != 'best' or json.loads((checkpoint(folder)/'progress.json').read_text()).get('best') else 'last'
     return Pipeline(**{s: load_model(MODELS[s](stage_config(cfg, s), classes), checkpoint(out/s, _best(out/s))) for s in TRAINED if ready(s)}).eval()
-
-# %% ../nbs/04a_affinity_recipe.ipynb #5c6c4720
-def close(
-    cfg: AffinityNetConfig, # Recipe
-    data, # `data.Set`
-    out: Path, # Run folder
-    seconds: float, # Wall time of this call
-) -> dict: # What result.json holds
-    "Ends a run of stages: one result.json for all."
-    notes = {s: json.loads((out/s/'result.json').read_text()) for s in STAGES if s in cfg.stages}
-    result = dict(finished=True, stages={s: n['stage_hash'] for s, n in notes.items()}, steps=sum(n.get('steps', 0) for n in notes.values()),
-                  records=[r for n in notes.values() for r in n.get('records', ())], seconds=round(seconds, 3))
-    if world()[0] == 0:
-        with atomic(out/'result.json') as spare: spare.write_text(json.dumps(result) + '\n')
-    return result
 
 # %% ../nbs/04a_affinity_recipe.ipynb #cbdf7330
 def load_run(

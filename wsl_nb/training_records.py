@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['FREE', 'preset_of', 'recipe_rows', 'provenance', 'note_start', 'check_start', 'check_splits', 'table_rows',
-           'last_step', 'run_all', 'scored_run', 'run_seeds', 'finding', 'columns', 'measured_rows', 'seed_rows',
-           'finding_text', 'verdict_rows', 'write_findings', 'read_findings', 'peak_memory', 'seconds_of',
-           'updates_cost', 'cost_row']
+           'last_step', 'run_all', 'scored_run', 'run_seeds', 'begin_stage', 'close_stages', 'finding', 'columns',
+           'measured_rows', 'seed_rows', 'finding_text', 'verdict_rows', 'write_findings', 'read_findings',
+           'peak_memory', 'seconds_of', 'updates_cost', 'cost_row']
 
 # %% ../nbs/14e_training_records.ipynb #968f7d02
-import json, math, time
+import json, math, shutil, time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from .core import atomic, file_hash, require, state_hash, text_hash
 from .metrics import combine, device_name
 from .training_checkpoint import read_log
 from .training_config import RunConfig
+from .training_order import gather_processes, world
 
 # %% ../nbs/14e_training_records.ipynb #72189cc7
 FREE = dict(seed=0, init='', clip_file='', workers=0, log_every=0, checkpoint_every=0, evaluate_every=0, eval_images=0, keep_last=0) # Fields that do not make another recipe
@@ -163,6 +164,32 @@ def run_seeds(
     jobs = {(k, s): (replace(c, seed=s), Path(out)/k.lower()/f'seed{s}') for k, c in recipes.items() for s in seeds}
     scores = run_all(work, {f'{k} {s}': job for (k, s), job in jobs.items()}, sum(updates(c) for c, _ in jobs.values()), say)
     return {k: [combine(rows) for rows in zip(*(scores[f'{k} {s}'] for s in seeds))] for k in recipes}, {k: jobs[k, seeds[0]][1] for k in recipes}
+
+# %% ../nbs/14e_training_records.ipynb #16896142
+def begin_stage(
+    folder: Path, # Of a stage
+    hash: str, # Of the stage
+) -> None: # stage.json is there; files of another hash are gone
+    "Claims the folder of a stage for this hash."
+    note = Path(folder)/'stage.json'
+    if world()[0] == 0 and (not note.is_file() or json.loads(note.read_text())['stage_hash'] != hash):
+        shutil.rmtree(folder, ignore_errors=True)
+        with atomic(note) as spare: spare.write_text(json.dumps(dict(stage_hash=hash)) + '\n')
+    gather_processes(None)
+
+# %% ../nbs/14e_training_records.ipynb #b2f8d251
+def close_stages(
+    out: str | Path, # Run folder
+    stages: tuple[str, ...], # Names, each with its own folder and result.json
+    seconds: float, # Wall time of this call
+) -> dict: # What result.json holds
+    "Ends a run of stages: one result.json for all."
+    notes = {s: json.loads((Path(out)/s/'result.json').read_text()) for s in stages}
+    result = dict(finished=True, stages={s: n['stage_hash'] for s, n in notes.items()}, steps=sum(n.get('steps', 0) for n in notes.values()),
+                  records=[r for n in notes.values() for r in n.get('records', ())], seconds=round(seconds, 3))
+    if world()[0] == 0:
+        with atomic(Path(out)/'result.json') as spare: spare.write_text(json.dumps(result) + '\n')
+    return result
 
 # %% ../nbs/14e_training_records.ipynb #8e776391
 def finding(
