@@ -17,7 +17,9 @@ def extra(folder, config):
     numbers |= {f'grad_norm.{k}': torch.tensor(v, dtype=torch.float64) for k, v in values['grad_norms'].items()}
     numbers |= {f'count.{k}': torch.tensor(len(values[k])) for k in ('no_grad_params', 'requires_grad_false')}
     found = dict(values=numbers)
-    if (folder / 'metrics.json').exists(): found['metrics'] = {k: torch.tensor(v, dtype=torch.float64) for k, v in json.loads((folder / 'metrics.json').read_text())['scores'].items()}
+    if (folder / 'metrics.json').exists():
+        config['sentences'] = json.loads((folder / 'metrics.json').read_text())
+        found['metrics'] = {k: torch.tensor(v, dtype=torch.float64) for k, v in config['sentences']['scores'].items()}
     return found
 
 
@@ -111,10 +113,28 @@ def memory_rows(s):
     return {('pma_oracle', k): v for k, v in {'out.attn': Near(weights.detach(), 1e-5), 'out.y': Near(y.detach(), 1e-5), 'knn.distance': Near(distance, 1e-5), 'knn.index': Same(index), 'knn.out_v': Near(memory.prototype_values(s['knn.centroids'], s['knn.bank_k'], s['knn.bank_v'], s['knn.index'].shape[1]), 1e-5)}.items()}
 
 
+def meshed_rows(s, config):
+    "The library's beam search on another model: every layer of its encoder, its words, its beams."
+    import reference_m2 as m2
+    w = {k.removeprefix('w.'): v for k, v in s.items() if k.startswith('w.')}; heads, words = config['m2']['h'], s['out.beam_words']
+    encoded, mask = m2.encode(w, s['in.features'], heads); b = m2.beams(w, encoded, heads, words.shape[1], words.shape[2])
+    return {('m2', k): v for k, v in {'out.encoder': Near(encoded, 1e-5), 'out.encoder_mask': Same(mask), 'out.logprobs': Near(m2.decode(w, s['in.seq'], encoded, heads), 1e-4), 'out.beam_words': Same(b.words), 'out.beam_logprobs': Near(b.logprobs, 1e-4)}.items()}
+
+
+def caption_rows(s):
+    "Caption scores from the stored tokenised sentences."
+    from wsl_nb import captions
+    keys = sorted(s['references_tok']); refs, hyps = [s['references_tok'][k] for k in keys], [s['hypotheses_tok'][k][0] for k in keys]
+    corpus, each = captions.bleu(refs, hyps); rouge, rouges = captions.rouge_l(refs, hyps); found = dict(bleu_corpus=corpus, bleu_sentence=each, rouge_l=rouge, rouge_l_each=rouges)
+    found['cider_d'], found['cider_d_each'] = captions.cider(refs, hyps); found['cider_d_scst'], found['cider_d_scst_each'] = captions.cider(refs, hyps, captions.document_frequencies([[c] for c in s['scst_df_corpus_tok']]))
+    return {('metrics', k): Near(torch.as_tensor(v, dtype=torch.float64), 1e-9) for k, v in found.items()}
+
+
 def compute(stored, config):
     "(file stem, name) -> recomputed tensor with its tolerance."
     model = model_of(stored, config); found = {}
     with torch.no_grad(): found |= tower_rows(model, stored, config) | geometry_rows(model, stored, config) | encoder_rows(model, stored, config)
     found |= gumbel_rows(stored) | loss_rows(model, stored, config) | beam_rows(model, stored, config)
     if 'pma_oracle' in stored: found |= memory_rows(stored['pma_oracle'])
-    return found
+    with torch.no_grad(): found |= meshed_rows(stored['m2'], config) if 'm2' in stored else {}
+    return found | (caption_rows(config['sentences']) if 'metrics' in stored else {})

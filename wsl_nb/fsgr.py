@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import require
+from .core import full_precision, require
 from .fsgr_blocks import Encoder, embedder, grid_positions
 from .fsgr_decoder import PAD, Beams, beam_search, follow
 from .fsgr_tower import Seen, Tower
@@ -48,6 +48,7 @@ def assign_tags(
     return y / (y.sum(2, keepdim=True) + 1) if area == 'count' else y
 
 # %% ../nbs/06_fsgr.ipynb #91410a69
+@full_precision
 def quantify(
     picture: Tensor, # Unit vector of each picture, (B,E)
     align: Tensor, # Unit vectors of patches, (B,N,E)
@@ -64,6 +65,7 @@ def quantify(
     return Quantified(assign.transpose(1, 2) @ words, top.gather(1, scores.argmax(1)), scores, top, assign)
 
 # %% ../nbs/06_fsgr.ipynb #645ade5c
+@full_precision
 def contrast_loss(
     z: Tensor, # Features, (M,D)
     tags: Tensor, # Tag of each, int64 (M,); below 0: unknown, has no positives
