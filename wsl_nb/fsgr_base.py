@@ -114,7 +114,7 @@ CHANGES = dict(
 ) # Field in which COCO differs from COCO_OFFICIAL -> reason
 COCO = replace(COCO_OFFICIAL, labels='value', prompt_norm='ln_post', word_init='clip', captions='all', precision='bf16', image_cache=True, contrast_cells=64)
 LAPTOP = replace(COCO, layout='embedded', image_cache=False, clip_model='farm', side=96, prompts=8, deep=7, adapters=(4, 7), tags='farm', templates=('a {}',), shortlist=8, least=1, longest=24, dim=64, heads=4, feedforward=128, decoder_layers=2, contrast_cells=36,
-    xe_epochs=4, xe_batch=16, xe_least=4, xe_lr=2e-3, old_lr=.5, scst_epochs=2, scst_batch=10, scst_lr=2e-4, schedule='onecycle', precision='fp32', beams=3, words=20, evaluate_every=250, eval_images=100, checkpoint_every=0, log_every=10, seed=0)
+    xe_epochs=5, xe_batch=16, xe_least=5, xe_lr=4e-3, old_lr=.5, scst_epochs=1, scst_batch=10, scst_lr=4e-4, schedule='onecycle', precision='fp32', evaluate_every=100, eval_images=100, checkpoint_every=0, log_every=10, seed=0)
 LAPTOP_PLAIN = replace(LAPTOP, beta=0.) # The same without local contrast
 PRESETS = dict(LAPTOP=LAPTOP, LAPTOP_PLAIN=LAPTOP_PLAIN, COCO=COCO, COCO_OFFICIAL=COCO_OFFICIAL) # Recipes by name
 
