@@ -26,28 +26,38 @@ def edited(sentence, r):
     return ' '.join(out)
 
 
-def with_frequencies(references, hypotheses, df):
-    "pycocoevalcap's scorer from the same sentences with given document frequencies: they take the place of its own count."
+def scorer_of(references, hypotheses, table):
+    "pycocoevalcap's scorer with given document frequencies in place of its own count."
     from collections import defaultdict
     from pycocoevalcap.cider.cider_scorer import CiderScorer
     scorer = CiderScorer()
     for refs, hypothesis in zip(references, hypotheses): scorer += (hypothesis, refs)
-    scorer.document_frequency = defaultdict(float, df.counts); scorer.compute_doc_freq = lambda: None
-    return np.array(scorer.compute_cider())
+    scorer.document_frequency = defaultdict(float, table)
+    return scorer
 
 
 def cider_pair(quick, repeats, now):
-    "5,000 captions with five references each; both sides build the vectors of the references inside the measurement, and are given the document frequencies."
-    references, hypotheses = corpus(60 if quick else 5000); df = document_frequencies(references)
-    slow, fast = (lambda: with_frequencies(references, hypotheses, df)), (lambda: Cider(references, df).scores(hypotheses))
-    error = float(np.abs(slow() - fast()).max())
-    row = timed_row(f'CIDEr-D, {len(references)} captions x 5 references, frequencies given; plain: pycocoevalcap', slow, fast, repeats, now, error=error, allowed=1e-9, aim=None if quick else 4)
-    row.more['mean score'] = float(fast().mean()); row.more['different n-grams'] = len(df.counts)
+    "5,000 captions with five references each; both sides build the vectors of the references inside the measurement, and are given the document frequencies in their own form."
+    references, hypotheses = corpus(60 if quick else 5000); df = document_frequencies(references); table = df.counts
+    slow, fast = (lambda: np.array(scorer_of(references, hypotheses, table).compute_cider())), (lambda: Cider(references, df).scores(hypotheses))
+    row = timed_row(f'CIDEr-D, {len(references)} captions x 5 references, frequencies given; plain: pycocoevalcap', slow, fast, repeats, now, error=float(np.abs(slow() - fast()).max()), allowed=1e-9, aim=None if quick else 4)
+    row.more['mean score'] = float(fast().mean()); row.more['different n-grams'] = len(table)
     yield row
-    built = Cider(references[:50], df); owner = np.repeat(np.arange(50), 5); five = [s for h in hypotheses[:50] for s in [h] * 5]
-    again = lambda: with_frequencies([references[i] for i in owner], five, df)
-    row = timed_row('a reward batch: 50 images x 5 captions, vectors of the references kept; plain: pycocoevalcap', again, lambda: built.scores(five, owner), repeats, now, error=float(np.abs(again() - built.scores(five, owner)).max()), allowed=1e-9)
-    yield row
+    images = len(references)
+    def _counted():
+        scorer = scorer_of(references, hypotheses, {}); scorer.compute_doc_freq(); return scorer.document_frequency
+    own, kept = _counted(), document_frequencies(references)
+    yield timed_row(f'document frequencies of {images} images; plain: pycocoevalcap', _counted, lambda: document_frequencies(references), repeats, now, error=float(own != kept.counts), allowed=0)
+
+
+def reward_pair(quick, repeats, now):
+    "A batch of self-critical training, 50 images with 5 captions each; ours keeps the vectors of the references, pycocoevalcap builds them for each caption."
+    references, hypotheses = corpus(10 if quick else 50); images = len(references)
+    df = document_frequencies([[s] for r in references for s in r]); table, owner = df.counts, np.repeat(np.arange(images), 5) # as many documents as captions scored: pycocoevalcap takes the number of these
+    captions, again = [s for h in hypotheses for s in (h, h, h + ' w1', h[:len(h) // 2], h)], [references[i] for i in owner]
+    kept = Cider(references, df)
+    slow, fast = (lambda: np.array(scorer_of(again, captions, table).compute_cider())), (lambda: kept.scores(captions, owner))
+    yield timed_row(f'reward of {len(captions)} captions of {images} images; plain: pycocoevalcap', slow, fast, repeats, now, error=float(np.abs(slow() - fast()).max()), allowed=1e-9)
 
 
 def tokens_row(quick, repeats, now):
@@ -58,4 +68,4 @@ def tokens_row(quick, repeats, now):
     yield Row(f'tokeniser, {len(texts)} sentences', more={'milliseconds a sentence': seconds / len(texts) * 1e3, 'tokens': count})
 
 
-PARTS = dict(cider=cider_pair, tokens=tokens_row)
+PARTS = dict(cider=cider_pair, reward=reward_pair, tokens=tokens_row)
