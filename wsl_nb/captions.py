@@ -217,7 +217,8 @@ class Frequencies:
         grams: _Grams, # N-grams of other sentences
     ) -> list[np.ndarray]: # For n = 1 to 4, one for each
         "Logarithm of all documents over those that hold the n-gram, at least one."
-        return [self.log_documents - np.log(np.maximum(1, np.append(held, 0)[at])) for held, at in zip(self.held, self.grams.places(grams))] # -1 reads the 0 at the end
+        found = [np.where(at < 0, 1, held[at] if len(held) else 1) for held, at in zip(self.held, self.grams.places(grams))]
+        return [self.log_documents - np.log(np.maximum(1, n)) for n in found]
 
 # %% ../nbs/11b_captions.ipynb #651f012e
 def document_frequencies(
