@@ -5,6 +5,7 @@ import torch
 
 import bench_fsgr_plain as plain
 from bench import Row, gap, timed_row
+from bench_captions import PARTS as SCORES
 from wsl_nb.captions import document_frequencies
 from wsl_nb.captions_vocabulary import SPECIALS, Vocabulary
 from wsl_nb.core import seed_everything, torch_rng
@@ -70,12 +71,6 @@ def caption_rows(quick, repeats, now):
 
 # --- rewards ---------------------------------------------------------------------------------------------------------
 
-def cider_rows(quick, repeats, now):
-    "CIDEr-D of many sentences with five references each."
-    from bench_captions import cider_pair
-    yield from cider_pair(quick, repeats, now)
-
-
 def scst_rows(quick, repeats, now):
     "A step of self-critical training and what its parts take; nothing is compared."
     cfg, name, B, V = (LAPTOP, 'farm', 2, 37) if quick else (replace(COCO, tags='coco80', templates=('a photo of a {}.',)), 'ViT-B-16', 2, 10201); clip = random_clip(name, list(VOCABULARY)); seed_everything('bench scst')
@@ -93,4 +88,4 @@ def scst_rows(quick, repeats, now):
     yield Row(f'step of self-critical training, {name}, {B} pictures, {cfg.beams} beams, {cfg.words} words', fast=took / repeats, more={'pictures a second': B * repeats / took, 'shares of time': {k: v / took for k, v in shares.items()}})
 
 
-PARTS = dict(beam=beam_rows, geometry=geometry_rows, contrast=contrast_rows, captions=caption_rows, cider=cider_rows, scst=scst_rows)
+PARTS = dict(beam=beam_rows, geometry=geometry_rows, contrast=contrast_rows, captions=caption_rows, scst=scst_rows) | SCORES

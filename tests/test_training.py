@@ -58,7 +58,7 @@ def kill_and_resume(out, kills, method, whole, seed=0, **changes):
     assert job.returncode == 0, text
 
 
-@pytest.mark.parametrize('method, kills', [('linear', 2), ('more', 2), ('affinity', (10, 19)), ('cdtr', 2), ('surgery', 2)], ids=lambda v: v if isinstance(v, str) else '')
+@pytest.mark.parametrize('method, kills', [('linear', 2), ('more', 2), ('affinity', (10, 19)), ('cdtr', 2), ('surgery', 2), ('fsgr', 2)], ids=lambda v: v if isinstance(v, str) else '')
 def test_two_kills(tmp_path, method, kills):
     "AffinityNet: in the middle of its label files, and in its second network; workers would make its CRF start processes."
     changes = dict(workers=int(method != 'affinity'), accumulate=2)
@@ -68,11 +68,11 @@ def test_two_kills(tmp_path, method, kills):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('method', ['linear', 'more', 'affinity', 'cdtr', 'surgery'])
+@pytest.mark.parametrize('method', ['linear', 'more', 'affinity', 'cdtr', 'surgery', 'fsgr'])
 @pytest.mark.parametrize('workers', [1, 2])
 @pytest.mark.parametrize('accumulate', [1, 2])
 def test_ten_kills(tmp_path, method, workers, accumulate):
-    changes = dict(workers=workers, accumulate=accumulate) | (dict(steps=24) if method in ('more', 'cdtr', 'surgery') else {}) # room for ten
+    changes = dict(workers=workers, accumulate=accumulate) | (dict(steps=24) if method in ('more', 'cdtr', 'surgery', 'fsgr') else {}) # room for ten
     whole(tmp_path/'whole', method, **changes)
     kill_and_resume(tmp_path/'killed', 10, method, tmp_path/'whole', seed=workers * 2 + accumulate, **changes)
     same(tmp_path/'whole', tmp_path/'killed')

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from wsl_nb import affinity_base, cdtr_base, surgery_base, training
+from wsl_nb import affinity_base, cdtr_base, fsgr_base, surgery_base, training
 from wsl_nb.data import embedded
 from wsl_nb.more_base import LAPTOP
 
@@ -57,7 +57,16 @@ def surgery():
     return surgery_recipe, SURGERY_TINY, lambda cfg: embedded(cfg.data_preset, size=96, train=cfg.data_train, val=cfg.data_eval, test=cfg.data_eval)
 
 
-METHODS = dict(linear=linear, more=more, affinity=affinity, cdtr=cdtr, surgery=surgery) # a method joins here with a config of some seconds
+FSGR_TINY = replace(fsgr_base.LAPTOP, data_train=12, data_eval=4, steps=6, batch=2, memory=4, memory_bank=64, memory_every=2, evaluate_every=3, checkpoint_every=2, log_every=1, words=8) # Both stages, contrast, noise and a memory
+
+
+def fsgr():
+    "A captioner at the size of a stamp, on drawn scenes."
+    from wsl_nb import fsgr_training
+    return fsgr_training, FSGR_TINY, lambda cfg: embedded(cfg.data_preset, size=96, train=cfg.data_train, val=cfg.data_eval, test=cfg.data_eval)
+
+
+METHODS = dict(linear=linear, more=more, affinity=affinity, cdtr=cdtr, surgery=surgery, fsgr=fsgr) # a method joins here with a config of some seconds
 
 
 def prepare(method, changes):

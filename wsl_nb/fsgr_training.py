@@ -292,14 +292,15 @@ def check_chance(
 
 # %% ../nbs/06a_fsgr_training.ipynb #9ce64a50
 def remember(
-    model: FSGR, # After an update of the first stage
+    model: FSGR, # After a pass of the first stage
     cfg: FSGRConfig, # `memory_every`
     step: int, # Updates done
+    fresh: bool = True, # This pass completed an update
 ) -> None: # Banks and prototypes moved on
     "Puts the last pass into the banks; now and then makes new prototypes, the same in all processes."
     for memory in (layer.memory for layer in model.decoder.layers if layer.memory is not None):
         memory.store()
-        if step % cfg.memory_every == 0: memory.cluster(); share(list(memory.buffers()))
+        if fresh and step % cfg.memory_every == 0: memory.cluster(); share(list(memory.buffers()))
 
 # %% ../nbs/06a_fsgr_training.ipynb #6ad301ba
 def start_of(
@@ -336,7 +337,7 @@ def train_stage(
         extra = given(batch, tags, own) if stage == 'xe' else dict(rewards=[])
         with run.forward(): terms = losses_xe(run.model, batch, step, own, **extra) if stage == 'xe' else losses_scst(run.model, batch, step, own, frequencies=frequencies, **extra)
         run.update(terms, total(terms, run.model, step, own), weights(own, step, stage), extra)
-        if stage == 'xe': remember(run.model, own, run.step); check_chance(run, float(terms['xe'].detach()), len(model.vocabulary))
+        if stage == 'xe': remember(run.model, own, run.step, run.fresh); check_chance(run, float(terms['xe'].detach()), len(model.vocabulary))
         if cfg.eval_split and run.due('evaluate'):
             run.record(evaluate(run.plain_model, scored, own))
             if stale(run, own, stage): run.say(f'{stage}: no better score in {cfg.patience} evaluations'); break

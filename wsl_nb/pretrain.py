@@ -91,7 +91,8 @@ def make(
     from wsl_nb.metrics import to_row
     from wsl_nb.pretrain_clip import make_clip
     from wsl_nb.pretrain_deit import make_deit
-    apart = dict(deit_farm=make_deit, clip_farm=make_clip, more_course=make_course) # before the models that start from them
+    from wsl_nb.pretrain_fsgr import make_captioner
+    apart = dict(deit_farm=make_deit, clip_farm=make_clip, more_course=make_course, fsgr_laptop=make_captioner) # before the models that start from them
     require(name in ('all', *apart, *MODELS), f'asset "{name}"', f'all, or one of {[*MODELS, *apart]}', 'check the name')
     for each in apart if name == 'all' else [n for n in apart if n == name]: apart[each](folder, **changes)
     for each in MODELS if name == 'all' else [n for n in MODELS if n == name]:
