@@ -7,6 +7,8 @@
     python tools/make_results.py demo --method cdtr           the table of `wsl-nb demo cdtr` over three seeds, from those runs (1 second)
     python tools/make_results.py claims --method cdtr         measures in those runs, then a verdict for each claim (6 CPU-minutes)
     python tools/make_results.py claims --method surgery      four trainings of the small CLIP and of three heads, then the verdicts (45 CPU-minutes)
+    python tools/make_results.py demo --method fsgr           the table of `wsl-nb demo fsgr` over three seeds (20 CPU-minutes)
+    python tools/make_results.py claims --method fsgr         every variant of the captioner from three seeds, after the demo (45 CPU-minutes)
     python tools/make_results.py demo --method surgery        the tables of `wsl-nb demo surgery` over three seeds (10 CPU-minutes)
 
 The ablation of cdtr begins with the four variants that most claims rest on (25 CPU-minutes); `--only tokens CATR` trains these alone.
@@ -163,7 +165,37 @@ def surgery_demo(runs, out):
     for name in DEMO: keep_config(folder, name, out)
 
 
-COST = dict(more=(('VOC', 'COCO'), 1), affinity=(('PET',), 2), surgery=(('DIOR', 'DIOR_EARLIER', 'VHR10'), 2))  # Method -> its recipes at full size, images an update
+def fsgr_demo(runs, out):
+    "The records of `wsl-nb demo fsgr --seeds 0,1,2`, and the recipes of both captioners."
+    from wsl_nb.fsgr_demo import DEMO, demo
+    folder = runs / 'fsgr' / 'demo'
+    if not (folder / 'result.json').exists(): shutil.rmtree(folder, ignore_errors=True); demo(folder, SEEDS)
+    shutil.copy(folder / 'result.json', out)
+    for name in DEMO: keep_config(folder, name, out)
+
+
+def captioner_told(name, seed, folder):
+    "What `score_variant` says of a variant and a seed, from its folder if it is there."
+    from wsl_nb.fsgr_claims import VARIANTS, score_variant
+    file = folder / 'told.json'
+    if not file.exists(): told = score_variant(replace(VARIANTS[name], seed=seed), folder); file.write_text(json.dumps(told))
+    return json.loads(file.read_text())
+
+
+def fsgr_claims(runs, out):
+    "Captioners of every variant from three seeds, those of the demo read where they are, then the verdicts."
+    from wsl_nb.fsgr_claims import VARIANTS, caption_claims
+    from wsl_nb.fsgr_demo import DEMO
+    from wsl_nb.training_ablate import folder_name
+    from wsl_nb.training_records import verdict_rows, write_findings
+    from wsl_nb.viz import markdown_table
+    place = lambda n, s: runs / 'fsgr' / ('demo' if n in DEMO else 'variants') / folder_name(n) / f'seed{s}'
+    jobs = [(n, s, place(n, s)) for s in SEEDS for n in VARIANTS]; side_by_side(captioner_told, jobs)
+    found = {n: [captioner_told(n, s, place(n, s)) for s in SEEDS] for n in VARIANTS}
+    print(markdown_table(verdict_rows(write_findings(out / 'result.json', caption_claims(found)))))
+
+
+COST = dict(more=(('VOC', 'COCO'), 1), affinity=(('PET',), 2), surgery=(('DIOR', 'DIOR_EARLIER', 'VHR10'), 2), fsgr=(('COCO', 'COCO_OFFICIAL'), 2))  # Method -> its recipes at full size, images an update
 
 
 def one_cost(name, preset, batch):
@@ -184,7 +216,7 @@ def cost(runs, out, name='more'):
     (out / 'result.json').write_text(json.dumps(found, indent=1) + '\n', encoding='utf-8')
 
 
-KINDS = dict(ablation=dict(more=ablation, cdtr=cdtr_ablation), protocols=dict(more=protocols), cost={m: cost for m in COST}, claims=dict(cdtr=cdtr_claims, surgery=surgery_claims), demo=dict(cdtr=cdtr_demo, surgery=surgery_demo))  # Kind -> method -> what makes it
+KINDS = dict(ablation=dict(more=ablation, cdtr=cdtr_ablation), protocols=dict(more=protocols), cost={m: cost for m in COST}, claims=dict(cdtr=cdtr_claims, surgery=surgery_claims, fsgr=fsgr_claims), demo=dict(cdtr=cdtr_demo, surgery=surgery_demo, fsgr=fsgr_demo))  # Kind -> method -> what makes it
 
 
 def main():

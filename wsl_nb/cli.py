@@ -323,7 +323,8 @@ def run_replay(
     kind = json.loads((folder/'facts.json').read_text())['config']
     found = [m for m in map(method, methods_present()) if hasattr(m, kind)]
     require(found, f'{folder}, written by a recipe {kind}', f'a recipe of {methods_present()}', 'use the version that wrote it')
-    for name, value in replay(folder, found[0]).items(): print(f'{name:12} {value:.6g}')
+    model = found[0].model_of_run(folder) if hasattr(found[0], 'model_of_run') else None # a model whose size its config alone does not say
+    for name, value in replay(folder, found[0], model).items(): print(f'{name:12} {value:.6g}')
     print('every term is finite'); return 0
 
 # %% ../nbs/17_cli.ipynb #e65b8ad0

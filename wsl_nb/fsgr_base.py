@@ -73,7 +73,7 @@ class FSGRConfig(RunConfig):
     beta: float = .25 # Weight of the local contrast
     temperature: float = .07 # Of the contrast
     contrast_cells: int = 0 # Patches of each picture that it compares, drawn anew in each update; 0: all
-    labels: Literal['standard', 'value', 'csa', 'true'] = 'standard' # Tags of patches: a frozen CLIP's by this path; 'true' needs masks of drawn pictures
+    labels: Literal['standard', 'value', 'csa', 'captions', 'true'] = 'standard' # Tags of patches: a frozen CLIP's by this path of its last block; 'captions': by v-v read-outs, among the tags that its sentences name; 'true' needs masks of drawn pictures
     # training
     captions: Literal['one', 'all'] = 'one' # A training item is a picture with one sentence, or with all of its own
     xe_epochs: int = 100 # Most passes of the first stage
@@ -113,7 +113,7 @@ CHANGES = dict(
     xe_batch='pictures with five sentences each', precision='bfloat16 needs no scaling of the loss', xe_least='passes over pictures, not over sentences', image_cache='a picture is decoded once', contrast_cells='the matrix of products of all patches of 50 pictures has 96 million entries',
 ) # Field in which COCO differs from COCO_OFFICIAL -> reason
 COCO = replace(COCO_OFFICIAL, labels='value', prompt_norm='ln_post', word_init='clip', captions='all', precision='bf16', image_cache=True, contrast_cells=64)
-LAPTOP = replace(COCO, layout='embedded', image_cache=False, clip_model='farm', side=96, prompts=8, deep=7, adapters=(4, 7), tags='farm', templates=('a {}',), shortlist=8, least=1, longest=24, dim=64, heads=4, feedforward=128, decoder_layers=2, contrast_cells=36,
+LAPTOP = replace(COCO, layout='embedded', labels='captions', image_cache=False, clip_model='farm', side=96, prompts=8, deep=7, adapters=(4, 7), tags='farm', templates=('a {}',), shortlist=8, least=1, longest=24, dim=64, heads=4, feedforward=128, decoder_layers=2, contrast_cells=36,
     xe_epochs=5, xe_batch=16, xe_least=5, xe_lr=4e-3, old_lr=.5, scst_epochs=1, scst_batch=10, scst_lr=4e-4, schedule='onecycle', precision='fp32', evaluate_every=100, eval_images=100, checkpoint_every=0, log_every=10, seed=0)
 LAPTOP_PLAIN = replace(LAPTOP, beta=0.) # The same without local contrast
 PRESETS = dict(LAPTOP=LAPTOP, LAPTOP_PLAIN=LAPTOP_PLAIN, COCO=COCO, COCO_OFFICIAL=COCO_OFFICIAL) # Recipes by name
