@@ -442,7 +442,7 @@ def open_folder(
 # %% ../nbs/18_formats.ipynb #df0adacb
 LOCATED = ('cub', 'wsol', 'ilsvrc') # One class an image, and boxes: read by `formats_wsol` and `formats_ilsvrc`
 AERIAL = ('dior', 'vhr10') # Pictures from above with a box for every object: read by `formats_aerial`
-LAYOUTS = ('voc', 'coco', 'coco2014', 'coco2017', 'pet', *LOCATED, *AERIAL, 'folder') # What `open_set` reads
+LAYOUTS = ('voc', 'coco', 'coco2014', 'coco2017', 'coco_captions', 'pet', *LOCATED, *AERIAL, 'folder') # What `open_set` reads
 
 # %% ../nbs/18_formats.ipynb #da00ba6e
 def find_root(
@@ -459,6 +459,9 @@ def find_root(
         from wsl_nb.formats_pet import PET_HOME, pet_lists # which builds on this module
         places, marker, home = ('', 'oxford-iiit-pet', 'pet', '..'), 'images/ and annotations/{list,trainval,test}.txt', PET_HOME
         fits = lambda p: (p/'images').is_dir() and bool(pet_lists(p))
+    elif layout == 'coco_captions':
+        from wsl_nb.formats_captions import caption_marks # likewise
+        places, marker, home, fits = caption_marks()
     elif layout in LOCATED:
         from wsl_nb.formats_ilsvrc import marks # likewise
         places, marker, home, fits = marks(layout)
@@ -490,6 +493,9 @@ def open_set(
     if layout == 'pet':
         from wsl_nb.formats_pet import open_pet
         return open_pet(found)
+    if layout == 'coco_captions':
+        from wsl_nb.formats_captions import open_coco_captions
+        return open_coco_captions(found)
     if layout in LOCATED:
         from wsl_nb.formats_ilsvrc import open_located
         return open_located(found, layout, boxes, truth)

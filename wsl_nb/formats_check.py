@@ -107,6 +107,23 @@ CURES |= dict(
     negative=('broken', 'negative picture with objects: a positive one is the same file', 'restore both folders of images from the official archive'),
 ) # Those of DIOR and NWPU VHR-10
 
+# %% ../nbs/18a_formats_check.ipynb #d2669793
+CURES |= dict(
+    note_twice=('surplus', 'annotation id listed twice', 'restore the captions file, or remove the repeated records'),
+    silent=('broken', 'caption without a word', 'write the caption, or remove the annotation by its id, from the captions file and from the lists'),
+    mute=('missing', 'image without a caption', 'restore the captions file, or take the image off the split'),
+    few=('missing', 'fewer than five captions', 'restore the captions file: scores against fewer references are lower than published ones'),
+    absent=('missing', 'no image at all of this part of the release', 'fetch the image archive; until then the splits that need it are left out'),
+    lists=('missing', 'list of a split missing', 'put all four arrays there, or dataset_coco.json; without any of them the splits are those of the release'),
+    list_broken=('broken', 'list of splits not readable', 'get this file again'),
+    swapped=('broken', 'image ids where annotation ids belong', 'write the ids of annotations into the lists: image ids hit captions of other images, and splits leak without a word'),
+    unknown=('broken', 'id that the captions files do not have', 'put the captions files of train and val there, of the release that the splits were made from'),
+    contrary=('broken', 'dataset_coco.json and arrays that differ', 'remove the one that is not meant'),
+    outside=('surplus', 'image that no split names, which is not used', 'nothing if that is meant; otherwise get the lists again'),
+    partly=('broken', 'image of which only some captions are listed; all of them are used', 'get the lists again'),
+    counts=('broken', 'other numbers of images than the usual splits have', 'get the lists again: scores on other splits cannot be compared with published ones'),
+) # Those of COCO captions
+
 # %% ../nbs/18a_formats_check.ipynb #5cb28281
 class Faults:
     "Collects cases by fault and place, in the order of their first appearance."
@@ -325,6 +342,9 @@ def check(
     if layout == 'pet':
         from wsl_nb.formats_pet import check_pet # which builds on this module
         return check_pet(found)
+    if layout == 'coco_captions':
+        from wsl_nb.formats_captions import check_coco_captions # likewise
+        return check_coco_captions(found)
     if layout in LOCATED:
         from wsl_nb.formats_ilsvrc import check_located # likewise
         return check_located(found, layout, boxes)

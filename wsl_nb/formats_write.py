@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['WRITERS', 'TRAIN_AUG', 'official_rows', 'write_lines', 'element', 'write_tree', 'write_xml', 'export_voc',
-           'instance_masks', 'coco_annotations', 'export_coco', 'class_folder', 'one_class', 'export_cub',
-           'last_pixels', 'note_image', 'write_notes', 'export_wsol', 'export_ilsvrc', 'trimap', 'export_pet',
-           'export_dior', 'export_vhr10', 'export_folder', 'export', 'find_sbd', 'read_sbd', 'train_aug_ids',
-           'aug_mask', 'build_train_aug']
+           'instance_masks', 'coco_annotations', 'export_coco', 'Dealt', 'export_coco_captions', 'class_folder',
+           'one_class', 'export_cub', 'last_pixels', 'note_image', 'write_notes', 'export_wsol', 'export_ilsvrc',
+           'trimap', 'export_pet', 'export_dior', 'export_vhr10', 'export_folder', 'export', 'find_sbd', 'read_sbd',
+           'train_aug_ids', 'aug_mask', 'build_train_aug']
 
 # %% ../nbs/18b_formats_write.ipynb #629481e0
 import functools, json
 import xml.etree.ElementTree as ET
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,7 @@ def export_coco(
     data: Set, # Any set with masks and boxes
     folder: Path, # The COCO root to make
     year: str = '2017', # Ending of folders and files
+    instances: bool = True, # False: captions alone
 ) -> Path: # The same folder
     "Writes a set in the COCO layout: images, instances, and captions where the set has them; file names are twelve digits."
     kinds, image_id, note = [dict(id=i + 1, name=c, supercategory='object') for i, c in enumerate(data.classes)], 0, 0
@@ -146,13 +148,54 @@ def export_coco(
             image = data.source.read(split, i, 'image')
             images.append(dict(id=image_id, file_name=f'{image_id:012d}.jpg', height=image.shape[0], width=image.shape[1], source_id=name))
             write_image(folder/f'{split}{year}'/images[-1]['file_name'], image)
-            objects += coco_annotations(data, split, i, image_id, len(objects) + 1)
+            if instances: objects += coco_annotations(data, split, i, image_id, len(objects) + 1)
             for line in data.source.read(split, i, 'captions') if 'captions' in data.source.fields else ():
                 note += 1; said.append(dict(id=note, image_id=image_id, caption=line))
         for kind, rows in (('instances', objects), ('captions', said)):
-            if kind == 'captions' and not rows: continue
+            if not rows and kind == 'captions' or not instances and kind == 'instances': continue
             with atomic(folder/'annotations'/f'{kind}_{split}{year}.json') as spare:
                 spare.write_text(json.dumps(dict(info={}, licenses=[], images=images, annotations=rows) | (dict(categories=kinds) if kind == 'instances' else {})))
+    return folder
+
+# %% ../nbs/18b_formats_write.ipynb #fbf7f430
+class Dealt:
+    "A source whose pictures are dealt out into other splits."
+    def __init__(self,
+        source, # That of the set
+        at: dict, # Split -> pairs (split, index) of the set
+    ): # Nothing is opened
+        self.source, self.at, self.fields = source, at, source.fields
+
+    def size(self,
+        split: str, # Name of the new split
+        index: int, # Position in it
+    ) -> tuple: # (H,W)
+        "Size of an image."
+        return self.source.size(*self.at[split][index])
+
+    def read(self,
+        split: str, # Name of the new split
+        index: int, # Position in it
+        field: str, # As the source knows it
+    ): # As the source gives it
+        "One field of one image."
+        return self.source.read(*self.at[split][index], field)
+
+# %% ../nbs/18b_formats_write.ipynb #bea31272
+def export_coco_captions(
+    data: Set, # Any set with captions
+    folder: Path, # The COCO root to make
+) -> Path: # The same folder
+    "Writes images, captions, and lists of annotation ids as the caption literature has them: the last tenth of train becomes restval and lies in val of the release, as val and test do."
+    rows = official_rows(data); learnt = sum(split == 'train' for split, *_ in rows); kept = learnt - learnt // 10
+    at = {part: [(split, i) for split, i, _ in some] for part, some in dict(train=rows[:kept], val=rows[kept:]).items()}
+    export_coco(replace(data, splits={part: [data.splits[split][i] for split, i in some] for part, some in at.items()}, source=Dealt(data.source, at)), folder, '2014', instances=False)
+    home = [split if split == 'test' else 'dev' if split == 'val' else 'train' if k < kept else 'restval' for k, (split, *_) in enumerate(rows)]
+    lists = {name: [] for name in ('train', 'restval', 'dev', 'test')}
+    for file in sorted((folder/'annotations').glob('captions_*.json')):
+        for note in json.loads(file.read_text())['annotations']: lists[home[note['image_id'] - 1]].append(note['id'])
+    for name, ids in lists.items():
+        with atomic(folder/'annotations'/f'coco_{name}_ids.npy') as spare: np.save(spare, np.array(ids, np.int64))
     return folder
 
 # %% ../nbs/18b_formats_write.ipynb #57ec37d6
@@ -346,6 +389,7 @@ WRITERS = {
     'coco': (export_coco, ('image', 'mask', 'boxes')),
     'coco2014': (functools.partial(export_coco, year='2014'), ('image', 'mask', 'boxes')),
     'coco2017': (export_coco, ('image', 'mask', 'boxes')),
+    'coco_captions': (export_coco_captions, ('image', 'captions')),
     'cub': (export_cub, ('image', 'boxes')),
     'wsol': (export_wsol, ('image', 'boxes')),
     'ilsvrc': (export_ilsvrc, ('image', 'boxes')),

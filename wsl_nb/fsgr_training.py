@@ -332,7 +332,7 @@ def train_stage(
     run = Run(own, folder, (folder/'config.yaml').exists(), model, groups(model, own), functools.partial(rate, stage=stage, before=before), items, stage, hash)
     tags = split_tags(parts['clip'], tag_vectors(parts['clip'], own), parts['split'], own, run.device).to(run.device) if own.beta and stage == 'xe' else None
     frequencies = document_frequencies([[x] for mine in parts['said'] for x in mine]) if stage == 'scst' else None
-    scored = data.split(cfg.eval_split).first(cfg.eval_images) if cfg.eval_split else ()
+    scored = data.split(cfg.eval_split) if cfg.eval_split else (); scored = scored.first(cfg.eval_images) if 0 < cfg.eval_images < len(scored) else scored
     for step, batch in run if not stale(run, own, stage) else ():
         extra = given(batch, tags, own) if stage == 'xe' else dict(rewards=[])
         with run.forward(): terms = losses_xe(run.model, batch, step, own, **extra) if stage == 'xe' else losses_scst(run.model, batch, step, own, frequencies=frequencies, **extra)
