@@ -4,7 +4,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from wsl_nb.fsgr_decoder import beam_search
+from wsl_nb.fsgr_decoder import BOS, EOS, Beams
 
 
 def chosen(state, parents):
@@ -14,8 +14,18 @@ def chosen(state, parents):
 
 
 def search(step, state, images, beams, steps):
-    "The library's search over a plain step."
-    return beam_search(step, state, chosen, images, beams=beams, steps=steps)
+    "Beam search as the official code does it: all candidates sorted, all steps taken, sentences ordered at the end."
+    words, score, alive, lines, logs = torch.full((images, 1), BOS), torch.zeros(images, 1), torch.ones(images, 1), [], []
+    for t in range(steps):
+        log, state = step(words, state); B, b, V = log.shape
+        if t: alive = alive * (words != EOS).float(); log = log * alive[..., None]; old = score[..., None].expand_as(log).clone(); old[..., 1:] = -999
+        candidates = score[..., None] + log
+        if t: candidates = alive[..., None] * candidates + old * (1 - alive[..., None])
+        score, flat = (x[:, :beams] for x in candidates.flatten(1).sort(-1, descending=True)); parents, words = flat // V, flat % V
+        state = chosen(state, parents); alive = alive.gather(1, parents)
+        lines = [x.gather(1, parents) for x in lines] + [words]; logs = [x.gather(1, parents) for x in logs] + [log.flatten(1).gather(1, flat)]
+    score, order = score.sort(1, descending=True)
+    return Beams(*(torch.stack(x, -1).gather(1, order[..., None].expand(-1, -1, steps)) for x in (lines, logs)), score)
 
 
 def whole_prefix(decoder, picture):

@@ -110,9 +110,9 @@ COCO_OFFICIAL = FSGRConfig(tags='ram_tags.txt') # What the public copy does with
 CHANGES = dict(
     labels='how the original labels were made is not known; values of the last block place words better than its ordinary output on drawings',
     prompt_norm="CLIP's projection expects tokens after its own norm", word_init='the public copy loads word vectors and then overwrites them at random; what was meant is done', captions='the tower sees each picture once for its five sentences',
-    xe_batch='pictures with five sentences each', precision='bfloat16 needs no scaling of the loss', xe_least='passes over pictures, not over sentences', image_cache='a picture is decoded once', contrast_cells='the matrix of products of all patches of 50 pictures has 96 million entries',
+    xe_batch='ten pictures with five sentences each: as many sentences an update, and as many updates a pass', precision='bfloat16 needs no scaling of the loss', image_cache='a picture is decoded once',
 ) # Field in which COCO differs from COCO_OFFICIAL -> reason
-COCO = replace(COCO_OFFICIAL, labels='value', prompt_norm='ln_post', word_init='clip', captions='all', precision='bf16', image_cache=True, contrast_cells=64)
+COCO = replace(COCO_OFFICIAL, labels='value', prompt_norm='ln_post', word_init='clip', captions='all', xe_batch=10, precision='bf16', image_cache=True)
 LAPTOP = replace(COCO, layout='embedded', labels='captions', image_cache=False, clip_model='farm', side=96, prompts=8, deep=7, adapters=(4, 7), tags='farm', templates=('a {}',), shortlist=8, least=1, longest=24, dim=64, heads=4, feedforward=128, decoder_layers=2, contrast_cells=36,
     xe_epochs=5, xe_batch=16, xe_least=5, xe_lr=4e-3, old_lr=.5, scst_epochs=1, scst_batch=10, scst_lr=4e-4, schedule='onecycle', precision='fp32', evaluate_every=100, eval_images=100, checkpoint_every=0, log_every=10, seed=0)
 LAPTOP_PLAIN = replace(LAPTOP, beta=0.) # The same without local contrast

@@ -6,7 +6,6 @@
 __all__ = ['XE', 'VARIANTS', 'sentence_scores', 'patch_agreement', 'score_variant', 'caption_claims']
 
 # %% ../nbs/06j_fsgr_claims.ipynb #3afe5635
-import json
 from dataclasses import replace
 from pathlib import Path
 

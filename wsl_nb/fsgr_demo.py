@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-from .core import normalise
 from .data import CLASSES, embedded_of
 from .fsgr_base import LAPTOP, LAPTOP_PLAIN, frozen_clip, preset_name, tag_names, tag_vectors
 from .fsgr_data import CaptionView, cell_grid, frozen_scores, map_scores, true_tags

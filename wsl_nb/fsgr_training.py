@@ -16,10 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .captions import Cider, Frequencies, caption_scores, document_frequencies, object_f1, tokenise
+from .captions import Cider, Frequencies, caption_scores, document_frequencies, object_f1
 from .captions_vocabulary import Vocabulary, build_vocabulary, check_ids
-from .core import BadInput, atomic, file_hash, require, seed_everything
-from .data import CLASSES
+from .core import BadInput, file_hash, require, seed_everything
 from .formats_captions import SquareCache, pretokenised
 from .fsgr import FSGR, Understood, contrast_loss, critical_loss, word_loss, write
 from .fsgr_base import STAGES, FSGRConfig, frozen_clip, preset_name, rate, stage_config, tag_vectors
@@ -217,7 +216,7 @@ HOW = ('seed', 'steps', 'epochs', 'batch', 'lr', 'accumulate', 'repeats', 'optim
        'train_split', 'eval_split', 'eval_images', 'evaluate_every', 'patience', 'image_cache', 'clip_model', 'activation', 'side', 'prompts', 'deep', 'adapters', 'prompt_norm', 'align', 'text', 'tags', 'templates', 'shortlist', 'gumbel', 'area',
        'vocabulary', 'least', 'longest', 'dim', 'heads', 'feedforward', 'encoder_layers', 'decoder_layers', 'dropout', 'accidental_mask', 'word_init', 'memory', 'memory_bank', 'beams', 'words', 'merge', 'old_lr') # Fields that matter to both stages
 FIELDS = dict(xe=HOW + ('beta', 'temperature', 'contrast_cells', 'labels', 'captions', 'memory_every', 'xe_epochs', 'xe_least', 'xe_batch', 'xe_lr', 'xe_falls', 'xe_rise'), scst=HOW + ('scst_epochs', 'scst_batch', 'scst_lr', 'scst_falls')) # Stage -> fields that decide it, beside what it reads
-CODE = ('captions', 'captions_vocabulary', 'fsgr', 'fsgr_base', 'fsgr_blocks', 'fsgr_data', 'fsgr_decoder', 'fsgr_memory', 'fsgr_tower', 'fsgr_training', 'core', 'data_transforms', 'training', 'training_config', 'training_order') # Modules that decide what a stage gives
+CODE = ('captions', 'captions_vocabulary', 'formats_captions', 'fsgr', 'fsgr_base', 'fsgr_blocks', 'fsgr_data', 'fsgr_decoder', 'fsgr_memory', 'fsgr_tower', 'fsgr_training', 'core', 'data_transforms', 'training', 'training_config', 'training_order') # Modules that decide what a stage gives
 
 # %% ../nbs/06a_fsgr_training.ipynb #0427ab4c
 def stage_hashes(
@@ -239,8 +238,7 @@ def check_recipe(
     check_splits(cfg, data)
     require('captions' in data.source.fields, f'{data.name} without captions', 'a set with sentences', 'choose COCO captions or the drawn pictures')
     require(cfg.stages and cfg.stages == STAGES[:len(cfg.stages)], f'stages {" ".join(cfg.stages)}', 'xe, or xe scst', 'the second stage starts from the first')
-    require(cfg.text or not cfg.beta or cfg.tags, 'local contrast without a codebook', 'tags that label the patches', 'say --tags, or --beta 0')
-    require(cfg.text == bool(cfg.tags) or cfg.beta, f'tags "{cfg.tags}" with text {cfg.text}', 'a codebook for the language map, none without it', 'say --tags FILE, or --no_text --tags ""')
+    require(cfg.tags or not (cfg.text or cfg.beta), 'no codebook for the language map or the local contrast', 'tags that patches can have', 'say --tags FILE, or --no_text --beta 0: a captioner without either, which is no FSGR')
     least = dict(prompts=1, shortlist=1, least=1, longest=3, heads=1, encoder_layers=1, decoder_layers=1, beams=1, words=1, patience=1, memory_every=1, xe_rise=1, scst_batch=1, contrast_cells=0, memory=0, beta=0)
     for name, low in least.items(): require(getattr(cfg, name) >= low, f'{name} {getattr(cfg, name)}', f'{low} or more', f'set --{name}')
     require(cfg.dim % (4 * cfg.heads) == 0, f'dim {cfg.dim} with {cfg.heads} heads', 'a multiple of four times the heads', 'set --dim or --heads')
@@ -405,7 +403,7 @@ def load_run(
     require(stages, f'{run} without a checkpoint', 'a run whose first stage has begun', 'go on with train --resume')
     return load_stage(run, stages[-1], which)
 
-# %% ../nbs/06a_fsgr_training.ipynb #19f92536
+# %% ../nbs/06a_fsgr_training.ipynb #29111080
 def model_of_run(
     folder: str | Path, # out/STAGE/nonfinite of a run that stopped
 ) -> FSGR: # As the run built it, weights still random

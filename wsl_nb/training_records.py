@@ -101,7 +101,7 @@ def table_rows(
     def _cell(records, name):
         r = next((r for r in records if r.metric == name), None)
         if r is None: return '-'
-        digits = 1 if r.unit == '%' else 3
+        digits = 1 if r.unit in ('%', 'CIDEr x100') else 3
         return f'{r.value:.{digits}f}' + (f' ± {r.spread:.{digits}f}' if isinstance(r.spread, float) and math.isfinite(r.spread) else '')
     measured = {r.metric for records in results.values() for r in records}
     return [{'metric': m} | {k: _cell(v, m) for k, v in results.items()} for m in metrics if m in measured]
