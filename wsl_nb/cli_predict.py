@@ -160,10 +160,9 @@ def show_sentence(
     names: list, # Not used
 ) -> tuple: # Figures and their captions
     "Writes the tag of every patch of one image, and where the captioner looked before each word."
-    import numpy as np
+    import numpy as np, torch
     from wsl_nb.core import minmax
     from wsl_nb.viz import draw_labels, draw_maps, save_figure, shrink, strip
-    import torch
     shown = shrink(image); H, W = shown.shape[:2]; figures, captions = {}, []
     looked = [draw_maps(shown, [minmax(torch.as_tensor(found['attention'][i]))], [word], width=1.3) for i, word in enumerate(found['words'])]
     if looked: figures['words'] = strip(looked, columns=4); captions.append('where the last layer looked before each word')
@@ -171,7 +170,7 @@ def show_sentence(
         index = np.asarray(found['tag_index']); rows, columns = (np.arange(n) * k // n for n, k in zip((H, W), index.shape)); here, large = np.unique(index, return_inverse=True)
         figures['tags'] = draw_labels(shown, large.reshape(index.shape)[rows][:, columns] + 1, [found['tags'][i] for i in here], ['tag of every patch'], width=3); captions.append(f'{len(here)} of {len(found["tags"])} tags')
     for kind, figure in figures.items(): save_figure(out/f'{stem}_{kind}.png', figure)
-    return list(figures.values()), [f'"{found["sentence"]}"', *captions][:max(len(figures), 1)]
+    return list(figures.values()), [f'"{found["sentence"]}"' + (f', {captions[0]}' if captions else ''), *captions[1:]]
 
 # %% ../nbs/17c_cli_predict.ipynb #59b67ff5
 def answers(
