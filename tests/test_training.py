@@ -314,6 +314,29 @@ def test_affinity_in_two_processes_equals_accumulation(tmp_path):
     assert not any('Warning' in t for t in texts), texts
 
 
+def test_fsgr_in_two_processes_equals_accumulation(tmp_path):
+    """Both stages, beams and rewards included: N processes of micro-batch b give one process with b and N passes, each term computed on a micro-batch in both.
+
+    Dropout, Gumbel noise and the choice of cells are random numbers that each process draws for itself, so they are off.
+    """
+    changes = dict(dropout=0., gumbel=False, contrast_cells=0, memory=0, workers=0, steps=3)
+    whole(tmp_path/'one', 'fsgr', accumulate=2, **changes)
+    codes, texts = two_processes(tmp_path/'two', 'fsgr', accumulate=1, **changes)
+    assert codes == [0, 0], texts
+    a, b = ([l['terms'] for l in log(tmp_path/x) if 'terms' in l] for x in ('one', 'two'))
+    assert [set(x) for x in a] == [{'scst'}] * 3 + [{'xe', 'contrast'}] * 3 and all(x == pytest.approx(y, rel=1e-3, abs=1e-5) for x, y in zip(a, b))
+    one, two = final(tmp_path/'one'), final(tmp_path/'two')
+    assert one.keys() == two.keys() and max((one[k].float() - two[k].float()).abs().max().item() for k in one) < 1e-4
+    assert not any('Warning' in t for t in texts), texts
+
+
+def test_fsgr_in_bf16(tmp_path):
+    "The forward pass in bfloat16, losses in float32: both stages end, and the terms stay near."
+    whole(tmp_path/'a', 'fsgr', precision='bf16', dropout=0., gumbel=False, memory=0); whole(tmp_path/'b', 'fsgr', dropout=0., gumbel=False, memory=0)
+    a, b = ([l['terms'] for l in log(tmp_path/x) if 'xe' in l.get('terms', {})] for x in 'ab')
+    assert len(a) == 6 and all(x['xe'] == pytest.approx(y['xe'], rel=.03) and x['contrast'] == pytest.approx(y['contrast'], rel=.03) for x, y in zip(a, b)) and a != b
+
+
 def test_more_in_two_processes_equals_accumulation(tmp_path):
     """N processes of micro-batch b give the update of one process with b and N passes, across every first step and the switch.
 

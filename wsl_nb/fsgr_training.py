@@ -59,7 +59,7 @@ def new_model(
 ) -> FSGR: # Ready to train, with `vocabulary`
     "A captioner on a copy of CLIP's tower; word vectors come last, so that nothing overwrites them. Raises: `BadInput` where sizes do not fit."
     seed_everything(cfg.seed, 'weights')
-    tower = Tower(clip, cfg.prompts, cfg.deep, cfg.adapters, align=cfg.align, norm=cfg.prompt_norm)
+    tower = Tower(clip, cfg.prompts, cfg.deep, cfg.adapters, dropout=cfg.dropout, align=cfg.align, norm=cfg.prompt_norm)
     memory = dict(prototypes=cfg.memory, bank=cfg.memory_bank) if cfg.memory else None
     decoder = Decoder(len(vocabulary), cfg.longest, cfg.decoder_layers, cfg.dim, cfg.heads, cfg.feedforward, cfg.dropout, memory=memory)
     model = FSGR(tower, tag_vectors(clip, cfg) if cfg.text else torch.eye(1, cfg.dim), decoder, cfg.encoder_layers, cfg.dim, cfg.heads, cfg.feedforward, cfg.dropout, cfg.text, mask=cfg.accidental_mask, shortlist=cfg.shortlist, gumbel=cfg.gumbel, area=cfg.area)
