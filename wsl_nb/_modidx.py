@@ -1891,6 +1891,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'wsl_nb/widgets_captions.py'),
                                          'wsl_nb.widgets_captions.part_bars': ( 'widgets_captions.html#part_bars',
                                                                                 'wsl_nb/widgets_captions.py'),
+                                         'wsl_nb.widgets_captions.reference_block': ( 'widgets_captions.html#reference_block',
+                                                                                      'wsl_nb/widgets_captions.py'),
                                          'wsl_nb.widgets_captions.reward_bars': ( 'widgets_captions.html#reward_bars',
                                                                                   'wsl_nb/widgets_captions.py'),
                                          'wsl_nb.widgets_captions.rewards_explorer': ( 'widgets_captions.html#rewards_explorer',

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SAID', 'LETTER', 'GAIN_COLOURS', 'beginning', 'tag_colours', 'tag_picture', 'draw_tags', 'tag_list', 'tag_bars',
-           'tags_explorer', 'line_letters', 'broken_lines', 'sentence_block', 'draw_looks', 'looks_explorer',
-           'beam_rows', 'beam_ends', 'draw_beams', 'beam_tree', 'beams_explorer', 'draw_rewards', 'reward_bars',
-           'part_bars', 'rewards_explorer']
+           'tags_explorer', 'line_letters', 'broken_lines', 'sentence_block', 'reference_block', 'draw_looks',
+           'looks_explorer', 'beam_rows', 'beam_ends', 'draw_beams', 'beam_tree', 'beams_explorer', 'draw_rewards',
+           'reward_bars', 'part_bars', 'rewards_explorer']
 
 # %% ../nbs/16e_widgets_captions.ipynb #3a5cb37a
 from collections import Counter
@@ -51,7 +51,7 @@ def tag_picture(
 ) -> np.ndarray: # float32 (H,W,3) in [0,1]
     "Patches in the colours of their tags over the grey picture."
     grey = to_grey(image); (tall, wide), (h, w) = grey.shape[:2], index.shape
-    table = np.ones((len(names), 3), np.float32)
+    table = np.ones((len(names) + 1, 3), np.float32)
     for i in np.unique(index[index >= 0]): table[i] = colours.get(names[i], (1, 1, 1))
     large = index[(np.arange(tall) * h // tall)[:, None], np.arange(wide) * w // wide]
     return np.where((large >= 0)[..., None], .4 * grey + .6 * table[large], grey).astype(np.float32)
@@ -167,14 +167,22 @@ def sentence_block(
     top: float, # Inches from below to the upper edge
     words: list, # The sentence
     word: int, # The marked one
-    references: list, # Sentences of people
     lines: int, # Lines kept for the sentence
 ) -> None: # The text is on the figure
-    "A sentence with one word marked, and its references, one a line."
+    "A sentence with one word marked."
     wide = figure.get_figwidth() - .2; ax = place(figure, .1, top - .2 * lines, wide, .2 * lines); ax.set_axis_off(); ax.set_xlim(0, wide / LETTER); ax.set_ylim(lines, 0)
     for n, ((y, x), text) in enumerate(zip(broken_lines(words, line_letters(wide + .2)), words)): ax.text(x, y + .5, text, va='center', **SAID, **(dict(color='white', weight='bold', bbox=dict(facecolor=PREDICTION, edgecolor='none', pad=1.5)) if n == word else {}))
-    below = place(figure, .1, top - .2 * lines - .15 * len(references), wide, .15 * max(1, len(references))); below.set_axis_off(); below.set_ylim(max(1, len(references)), 0)
-    for y, text in enumerate(references): below.text(0, y + .5, beginning(text, int(wide / .062)), va='center', fontsize=7, color='dimgrey')
+
+# %% ../nbs/16e_widgets_captions.ipynb #e55f0a60
+def reference_block(
+    figure: Figure, # A figure
+    top: float, # Inches from below to the upper edge
+    references: list, # Sentences of people
+) -> None: # The text is on the figure
+    "References, one a line, 0.15 inches each."
+    if not references: return
+    wide = figure.get_figwidth() - .2; ax = place(figure, .1, top - .15 * len(references), wide, .15 * len(references)); ax.set_axis_off(); ax.set_ylim(len(references), 0)
+    for y, text in enumerate(references): ax.text(0, y + .5, beginning(text, int(wide / .062)), va='center', fontsize=7, color='dimgrey')
 
 # %% ../nbs/16e_widgets_captions.ipynb #22b34689
 @styled
@@ -206,7 +214,7 @@ def draw_looks(
         if there: mark_curve(ax, list(range(1, S + 1)), values, word, name)
         else: ax.plot(range(1, S + 1), values, color='black', linewidth=1); ax.set_title(name); ax.margins(.05, .15)
         ax.locator_params(nbins=3, axis='y'); ax.set_xticks([1, S] if S > 1 else [1])
-    sentence_block(figure, foot - .06, words, word, list(references), lines); key_line(figure, [] if mask is None else [truth_key('objects')])
+    sentence_block(figure, foot - .06, words, word, lines); reference_block(figure, foot - .06 - .2 * lines, list(references)); key_line(figure, [] if mask is None else [truth_key('objects')])
     return figure
 
 # %% ../nbs/16e_widgets_captions.ipynb #55d5dc14
@@ -337,7 +345,7 @@ def draw_rewards(
         ax = place(figure, figure.get_figwidth() - 2.05, foot + (len(charts) - 1 - n) * room + .14, 1.95, room - .46)
         if name == 'parts': part_bars(ax, parts, beam, None if penalty is None else float(penalty[beam]))
         else: ax.plot(course[0], to_array(course[1]), color='black', linewidth=1, marker='o', markersize=2.5); ax.set_title(course[2]); ax.margins(.05, .15); ax.locator_params(axis='y', nbins=3)
-    if rows: sentence_block(figure, .36 + .15 * rows, [], -1, list(references), 0)
+    reference_block(figure, .36 + .15 * rows, list(references))
     key_line(figure, [Patch(color=c, label=l) for c, l in zip(GAIN_COLOURS, ('above the mean: made likelier', 'below the mean: made less likely'))] + [Line2D([], [], color='black', linestyle=':', linewidth=1, label='mean of the beams')])
     return figure
 
