@@ -7,7 +7,6 @@ __all__ = ['Quantified', 'gumbel_noise', 'assign_tags', 'quantify', 'contrast_lo
            'word_loss', 'write', 'critical_loss']
 
 # %% ../nbs/06_fsgr.ipynb #fb6a40f6
-import math
 from typing import NamedTuple
 
 import torch
