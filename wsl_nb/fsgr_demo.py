@@ -88,7 +88,7 @@ def demo(
 ) -> dict[str, list]: # Name of a run -> records of the test split
     "Captioners with and without local contrast on drawn scenes: table on the terminal, result.json, pictures, one-page report.html."
     from wsl_nb.viz import markdown_table
-    out, began = Path(out), time.perf_counter(); recipes = {k: replace(c, steps=steps or 0) for k, c in DEMO.items()}
+    out, began = Path(out), time.perf_counter(); recipes = {k: replace(c, steps=steps or c.steps) for k, c in DEMO.items()}
     print(f'training two captioners on {LAPTOP.data_train} drawn scenes: words by cross-entropy, then sentences by their reward'); embedded_of(LAPTOP).split('train', ('image',))[0]
     results, runs = run_seeds(train_and_score, recipes, out, seeds, updates)
     write_results(out/'result.json', [r for v in results.values() for r in v])

@@ -75,7 +75,8 @@ def claim(
     resume: bool, # Continue what is there
 ) -> None: # config.yaml is there
     "Makes the folder this run's. Raises: `BadInput` on a used folder, an empty one with `resume`, or a changed config."
-    used = [n for n in ('config.yaml', 'log.jsonl', 'result.json', 'checkpoints') if (out/n).exists()]
+    from accelerate import PartialState
+    PartialState(); used = [n for n in ('config.yaml', 'log.jsonl', 'result.json', 'checkpoints') if (out/n).exists()] # the group first: alone, every process would take itself for the one that writes
     fault = None
     if resume and 'config.yaml' not in used: fault = f'{out} without config.yaml', 'a run to resume', 'check the folder, or start without resume'
     elif resume:
@@ -86,6 +87,7 @@ def claim(
     if fault: raise core.BadInput(*fault)
     if not resume and world()[0] == 0:
         with core.atomic(out/'config.yaml') as spare: disk.write_part(spare, disk.as_plain(cfg))
+    gather_processes(None) # nobody looks before the folder is claimed
 
 # %% ../nbs/14_training.ipynb #3ca5d162
 @dataclass
