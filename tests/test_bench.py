@@ -15,7 +15,8 @@ def threads():
 
 
 @pytest.mark.parametrize('method, named', [('more', ('PAR', 'CRE', 'URE', 'training step', 'operations')), ('affinity', ('random walk', 'pair distances', 'multi-scale CAM', 'CRF')),
-                                            ('cdtr', ('training step', 'losses', 'attention', 'boxes')), ('surgery', ('feature surgery', 'image path', 'text vectors', 'training step'))])
+                                            ('cdtr', ('training step', 'losses', 'attention', 'boxes')), ('surgery', ('feature surgery', 'image path', 'text vectors', 'training step')),
+                                            ('fsgr', ('beam search', 'geometry', 'contrast', 'five sentences', 'CIDEr-D', 'reward'))])
 def test_plain_and_fast_forms_agree(tmp_path, capsys, method, named):
     record = tmp_path / 'result.json'
     assert bench.main([method, '--quick', '--out', str(record)]) == 0, capsys.readouterr().out

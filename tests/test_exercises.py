@@ -4,6 +4,7 @@ import torch
 
 import solutions_affinity as affinity
 import solutions_cdtr as cdtr
+import solutions_fsgr as fsgr
 import solutions_more as more
 import solutions_surgery as surgery
 from wsl_nb.more_base import LAPTOP
@@ -27,8 +28,10 @@ PAIRS = dict(one_step=(torch.rand(2, 4), torch.rand(4, 4)), in_the_limit=(torch.
 MAPS = dict(class_aware=(torch.rand(6, 6) + .1, (torch.arange(36).reshape(6, 6) // 12).long(), 0, 1), area_factor=(32,), broadcast_gradient=(torch.rand(3, 4, 4), torch.rand(3, 4, 4)))
 WORDS = dict(maskclip=(torch.rand(3, 4), (torch.rand(4, 4), torch.rand(4)), (torch.rand(4, 4), torch.rand(4))), changes_the_order=(torch.tensor([[.5, .45], [.2, .1]]), torch.tensor([.9, 1.1])), flipped_auc=(.3,))
 
+TAGS = dict(tag_length=(12,), advantages=(torch.tensor([[2., 0., 1.], [5., 5., 5.]]),), similarity_gradient=(torch.nn.functional.normalize(torch.rand(4, 3), dim=1), 1 - torch.eye(4), .5))
 
-@pytest.mark.parametrize('lesson,name,given', [(affinity, n, PAIRS[n]) for n in affinity.SOLUTIONS] + [(cdtr, n, MAPS[n]) for n in cdtr.SOLUTIONS] + [(surgery, n, WORDS[n]) for n in surgery.SOLUTIONS])
+
+@pytest.mark.parametrize('lesson,name,given', [(affinity, n, PAIRS[n]) for n in affinity.SOLUTIONS] + [(cdtr, n, MAPS[n]) for n in cdtr.SOLUTIONS] + [(surgery, n, WORDS[n]) for n in surgery.SOLUTIONS] + [(fsgr, n, TAGS[n]) for n in fsgr.SOLUTIONS])
 def test_answers_in_numbers_are_told_apart(lesson, name, given, capsys):
     def named(body): body.__name__ = name; return body
     for body, says in ((lambda *given: None, 'not written yet'), (lambda *given: lesson.SOLUTIONS[name](*given), 'right'), (lambda *given: lesson.SOLUTIONS[name](*given) + 1, 'not yet, the largest'),
