@@ -18,7 +18,7 @@ def similarity_gradient(z, same, temperature):
 
 
 SOLUTIONS = dict(tag_length=tag_length, advantages=advantages, similarity_gradient=similarity_gradient)
-HINTS = dict(tag_length='; the tag itself counts one more than its patches', advantages='; the mean is that of the beams of one picture', similarity_gradient='; the softmax leaves the patch itself out')
+HINTS = dict(tag_length='; the tag itself counts one more than its patches', advantages='; the mean is that of the beams of one picture', similarity_gradient='; the softmax leaves the patch itself out, and partners share a weight of one')
 
 
 def verdict(function, *given): return SHARED['verdict'](SOLUTIONS, HINTS, function, *given)

@@ -1119,6 +1119,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'wsl_nb.fsgr_training.merged': ('fsgr_training.html#merged', 'wsl_nb/fsgr_training.py'),
                                       'wsl_nb.fsgr_training.model_of_run': ('fsgr_training.html#model_of_run', 'wsl_nb/fsgr_training.py'),
                                       'wsl_nb.fsgr_training.new_model': ('fsgr_training.html#new_model', 'wsl_nb/fsgr_training.py'),
+                                      'wsl_nb.fsgr_training.note_similarity': ( 'fsgr_training.html#note_similarity',
+                                                                                'wsl_nb/fsgr_training.py'),
                                       'wsl_nb.fsgr_training.numbers': ('fsgr_training.html#numbers', 'wsl_nb/fsgr_training.py'),
                                       'wsl_nb.fsgr_training.parts_of': ('fsgr_training.html#parts_of', 'wsl_nb/fsgr_training.py'),
                                       'wsl_nb.fsgr_training.remember': ('fsgr_training.html#remember', 'wsl_nb/fsgr_training.py'),

@@ -345,7 +345,7 @@ COMMANDS = {
     'train': ('train a method; every field of its recipe is a flag', run_train, 'method --preset --data --boxes --truth --out --resume --config'),
     'ablate': ('train and score every combination of some fields; every field of the recipe is a flag', run_ablate, 'method --over --preset --data --boxes --truth --out --seeds --split --metric --one-by-one --resume --config'),
     'eval': ('scores of a run', run_eval, 'method --run! --checkpoint --data --layout? --boxes --truth --split --num-images --protocol --processes --pictures --out --overwrite'),
-    'predict': ('maps, and label maps, boxes or points, of own images', run_predict, 'method --run --weights --preset --config --checkpoint --classes --out! --overwrite images'),
+    'predict': ('maps, and label maps, boxes, points or a sentence, of own images', run_predict, 'method --run --weights --preset --config --checkpoint --classes --out! --overwrite images'),
     'replay': ('repeat the update that was not finite', run_replay, 'folder'),
     'results': ('table of recorded results', run_results, 'results? --like'),
     'doctor': ('versions, device and folders; with a method, what its recipe costs here', run_doctor, 'recipe? --preset --batch --find-batch-size --memory'),

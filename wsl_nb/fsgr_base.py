@@ -108,9 +108,9 @@ class FSGRConfig(RunConfig):
 # %% ../nbs/06b_fsgr_base.ipynb #a6984af4
 COCO_OFFICIAL = FSGRConfig(tags='ram_tags.txt') # What the public copy does with the original codebook of 4,585 tags, which has to be brought
 CHANGES = dict(
-    labels='how the original labels were made is not known; values of the last block place words better than its ordinary output on drawings',
+    labels="how the original labels were made is not known; the value path is MaskCLIP's way to dense features",
     prompt_norm="CLIP's projection expects tokens after its own norm", word_init='the public copy loads word vectors and then overwrites them at random; what was meant is done', captions='the tower sees each picture once for its five sentences',
-    xe_batch='ten pictures with five sentences each: as many sentences an update, and as many updates a pass', precision='bfloat16 needs no scaling of the loss', image_cache='a picture is decoded once',
+    xe_batch='ten pictures with five sentences each: as many sentences an update, and as many updates a pass; the contrast then compares the patches of ten pictures instead of fifty', precision='bfloat16 needs no scaling of the loss', image_cache='a picture is decoded once',
 ) # Field in which COCO differs from COCO_OFFICIAL -> reason
 COCO = replace(COCO_OFFICIAL, labels='value', prompt_norm='ln_post', word_init='clip', captions='all', xe_batch=10, precision='bf16', image_cache=True)
 LAPTOP = replace(COCO, layout='embedded', labels='captions', image_cache=False, clip_model='farm', side=96, prompts=8, deep=7, adapters=(4, 7), tags='farm', templates=('a {}',), shortlist=8, least=1, longest=24, dim=64, heads=4, feedforward=128, decoder_layers=2, contrast_cells=36,

@@ -165,7 +165,7 @@ class Encoder(nn.Module):
     "Layers in which patches ask the language map; without one, themselves."
     def __init__(self,
         layers: int, # Number of layers
-        words: int, # Channels of the language map, or of patches without one
+        words: int, # Channels of the language map; its layer is there, and idle, where none is given
         dim: int, # D
         heads: int, # K
         hidden: int, # Width of feed-forward parts
@@ -183,8 +183,9 @@ class Encoder(nn.Module):
     ) -> Tensor: # (K,N,N), the same for every picture
         "Logarithm of a positive weight for every pair of cells and head; ln 1e-6 where the weight is none."
         device = self.layer_norm.weight.device; table = geometry_table(grid, device)
-        rows = torch.stack([F.linear(table, g.weight, g.bias).squeeze(-1) for g in self.WGs]).relu()
-        return rows.clamp_min(1e-6).log()[:, cell_distances(grid, device)]
+        with torch.autocast(device.type, enabled=False): # near zero half precision would jump between none and some
+            rows = torch.stack([F.linear(table, g.weight.float(), g.bias.float()).squeeze(-1) for g in self.WGs]).relu()
+            return rows.clamp_min(1e-6).log()[:, cell_distances(grid, device)]
 
     def forward(self,
         patches: Tensor, # From `att_embed`, (B,N,D)
@@ -192,7 +193,7 @@ class Encoder(nn.Module):
         grid: tuple[int, int], # Patches (h,w)
     ) -> tuple[Tensor, Tensor | None]: # (B,N,D); tokens that the decoder must not see (B,N), None: it may see all
         "Patches after asking."
-        bias, places = self.bias(grid).float(), grid_positions(grid, patches.shape[-1], patches.device).to(patches)
+        bias, places = self.bias(grid), grid_positions(grid, patches.shape[-1], patches.device).to(patches)
         seen = None if words is None else self.pixel_embed(words)
         hidden = zero_sums(patches) | (False if seen is None else zero_sums(seen)) if self.mask else None
         if hidden is not None: bias = bias[None].expand(len(patches), -1, -1, -1).masked_fill(hidden[:, None, None], -torch.inf)

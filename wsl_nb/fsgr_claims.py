@@ -68,7 +68,7 @@ def score_variant(
         for stage in cfg.stages:
             model = load_stage(out, stage)[0]; found[stage] = sentence_scores(write_split(model, test, cfg), pretokenised(test))
             found[stage] |= dict(zip(('nearest patch, all', 'nearest patch, objects'), (100 * v for v in patch_agreement(model, test, cfg))))
-            if cfg.tags == LAPTOP.tags: maps = map_scores(*tag_maps(model, test, cfg, len(test)), (cfg.side // 8,) * 2, len(CLASSES)); found[stage] |= {'tag of objects': 100 * maps.objects, 'tag of ground': 100 * maps.ground, 'coherence': 100 * maps.coherence}
+            if cfg.tags == LAPTOP.tags: maps = map_scores(*tag_maps(model, test, cfg, len(test)), cell_grid(model.backbone, cfg.side), len(CLASSES)); found[stage] |= {'tag of objects': 100 * maps.objects, 'tag of ground': 100 * maps.ground, 'coherence': 100 * maps.coherence}
         return found
     finally: torch.set_num_threads(threads)
 

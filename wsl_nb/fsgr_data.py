@@ -15,14 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .captions import tokenise
-from .core import atomic, normalise, require, rng, text_hash
+from . import fsgr_tower
+from .core import atomic, file_hash, normalise, require, rng, text_hash
 from .data import cache_folder
 from .data_farm import CLASSES, GROUNDS
 from .data_transforms import resize
 from .fsgr_base import FSGRConfig, tag_names
 from .fsgr_tower import csa_tokens, first_tokens, run_block, value_tokens, vv_tokens
 from .training import each_once
-from .training_order import gather_processes, sum_processes, world
+from .training_order import gather_processes, sum_processes
 from .vit_clip import clip_hash
 
 # %% ../nbs/06h_fsgr_data.ipynb #8d31a750
@@ -131,8 +132,9 @@ def split_tags(
         require('mask' in split.source.fields and set(split.classes) == set(CLASSES), f'labels "true" for {split.dataset}', 'drawn pictures, whose masks are known', 'say --labels value')
         read = lambda i, f: split.source.read(split.name, i, f)
         return torch.stack([true_tags(torch.as_tensor(np.array(read(i, 'mask'))), read(i, 'captions'), grid, names) for i in range(len(split))]).short()
-    file = cache_folder()/f'tags_{text_hash([split.hash, split.name, len(split), clip_hash(cfg), cfg.clip_model, names, cfg.templates, cfg.labels, cfg.side])}.npy'
-    if file.is_file():
+    file = cache_folder()/f'tags_{text_hash([split.hash, split.name, len(split), clip_hash(cfg), cfg.clip_model, names, cfg.templates, cfg.labels, cfg.side, cfg.activation, file_hash(fsgr_tower.__file__)])}.npy'
+    require(len(names) < 2 ** 15, f'{len(names)} tags', 'fewer than 32,768', 'shorten the codebook')
+    if all(gather_processes(file.is_file())): # of every process, each on its own disk
         found = torch.from_numpy(np.load(file, allow_pickle=False))
         if found.shape == (len(split), grid[0] * grid[1]): return found
     clip, codebook, found = clip.to(device), codebook.to(device), torch.zeros(len(split), grid[0] * grid[1], dtype=torch.int16)
@@ -141,7 +143,8 @@ def split_tags(
         scores = frozen_scores(clip, batch['image'], codebook, 'vv' if cfg.labels == 'captions' else cfg.labels)
         found[batch['index'].cpu()] = (named_tags(scores, [tokenise(c) for c in batch['captions']], names) if cfg.labels == 'captions' else scores.argmax(-1)).short().cpu()
     found = sum_processes(found.int().to(device)).cpu().short()
-    if world()[0] == 0:
+    clip.to('cpu')
+    if not file.is_file():
         with atomic(file) as spare:
             with open(spare, 'wb') as f: np.save(f, found.numpy())
     gather_processes(None)
@@ -154,7 +157,7 @@ def nearest_agrees(
     classes: int, # Tags below this number are objects
 ) -> tuple[float, float]: # Shares: of all patches, of those of objects
     "How often the most similar patch of another picture has the same tag."
-    z, owner, tags = F.normalize(z.float(), dim=-1).flatten(0, 1), torch.arange(len(z)).repeat_interleave(z.shape[1]), truth.flatten().long()
+    z, owner, tags = F.normalize(z.float(), dim=-1).flatten(0, 1), torch.arange(len(z), device=z.device).repeat_interleave(z.shape[1]), truth.flatten().long().cpu()
     best = torch.cat([(part @ z.T).masked_fill(own[:, None] == owner, -2).argmax(1).cpu() for part, own in zip(z.split(1000), owner.split(1000))])
     same = (tags[best] == tags).float(); return float(same.mean()), float(same[tags < classes].mean())
 

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .captions_vocabulary import SPECIALS
 from .fsgr_blocks import Attended, FeedForward
 from .fsgr_memory import Prototypes
 
 # %% ../nbs/06e_fsgr_decoder.ipynb #c43afc44
-PAD, BOS, EOS = 1, 2, 3 # Numbers of the special words, see `captions_vocabulary.SPECIALS`; 0 is <unk>
+PAD, BOS, EOS = (SPECIALS.index(w) for w in ('<pad>', '<bos>', '<eos>')) # Numbers of the special words; <unk> is 0
 
 # %% ../nbs/06e_fsgr_decoder.ipynb #a91fa139
 class Cache(NamedTuple):

@@ -47,7 +47,7 @@ def map_records(
     images: int = 400, # First pictures, at most as many as there are
 ) -> list: # `metrics.Result` records
     "Shares of patches with the right tag, and how a map of tags hangs together."
-    clock, cpu = time.perf_counter(), time.process_time(); images = min(images, len(split)); index, truth = tag_maps(model, split, cfg, images); scores = map_scores(index, truth, (cfg.side // 8,) * 2, len(CLASSES))
+    clock, cpu = time.perf_counter(), time.process_time(); images = min(images, len(split)); index, truth = tag_maps(model, split, cfg, images); scores = map_scores(index, truth, cell_grid(model.backbone, cfg.side), len(CLASSES))
     about = provenance(model, split, cfg, preset_name(cfg), clock, cpu) | dict(images=images, subset=None if images == len(split) else images); protocol = dict(labels='captions', tags=cfg.tags, scales='1', size=f'{cfg.side} x {cfg.side}, {len(truth[0])} patches', threshold='none', border='neighbours in one object minus neighbours over its border' )
     return [record('fsgr', split.dataset, split.name, name, 100 * value, unit='%', protocol=protocol, **about) for name, value in {'tag of objects': scores.objects, 'tag of ground': scores.ground, 'coherence': scores.coherence}.items()]
 
@@ -115,7 +115,7 @@ def tag_pictures(
 ) -> list: # A figure each: truth, frozen CLIP, each run
     "Maps of tags: the truth, the frozen CLIP, every captioner."
     from wsl_nb.viz import draw_labels
-    cfg = LAPTOP; split, names = embedded_of(cfg).split('test', ('image', 'captions', 'mask')), tag_names(cfg.tags); grid = (cfg.side // 8,) * 2
+    cfg = LAPTOP; split, names = embedded_of(cfg).split('test', ('image', 'captions', 'mask')), tag_names(cfg.tags); grid = cell_grid(frozen_clip(cfg, say=lambda *_: None), cfg.side)
     base, truth = tag_maps(None, split, cfg, images); maps = {'truth': truth, 'CLIP alone': base} | {k: tag_maps(load_stage(run, 'scst')[0], split, cfg, images)[0] for k, run in runs.items()}
     large = lambda m: m.view(grid).repeat_interleave(8, 0).repeat_interleave(8, 1).numpy() + 1
     return [draw_labels(split[i]['image'], [large(m[i]) for m in maps.values()], names, list(maps)) for i in range(images)]

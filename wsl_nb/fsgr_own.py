@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .captions import Cider, caption_scores, document_frequencies
+from .captions import Cider, caption_scores, document_frequencies, java_scores
 from .captions_vocabulary import SPECIALS, Vocabulary
 from .core import atomic, normalise, require, seed_everything, torch_rng
 from .data_farm import VOCABULARY
@@ -30,7 +30,7 @@ from .training_checkpoint import read_weights
 from .training_config import autocast, make_optimizer
 from .training_order import world
 from .training_records import cost_row, updates_cost
-from .vit_clip import random_clip
+from .vit_clip import OPENAI_MEAN, OPENAI_STD, random_clip
 
 # %% ../nbs/06i_fsgr_own.ipynb #8a1b1a6d
 @torch.no_grad()
@@ -42,13 +42,14 @@ def word_attention(
     "Where the decoder looks before it writes the word after each word."
     picture = model.understand(images); places, found, decoder = picture.places.to(picture.tokens), [], model.decoder
     x = decoder.word_emb(words) + decoder.pos_emb(torch.arange(1, words.shape[1] + 1, device=words.device)); L = words.shape[1]
-    look, ones = torch.ones(1, 1, L, L, dtype=torch.bool, device=words.device).tril(), torch.ones_like(x[..., :1])
+    look, ones = torch.ones(1, 1, L, L, dtype=torch.bool, device=words.device).tril(), torch.ones_like(x[..., :1]); cells = None if picture.hidden is None else ~picture.hidden[:, None, None]
     for layer in decoder.layers:
         cross = layer.picture(picture.tokens, places); k, v = projected(layer.self_att, x, x)
         if layer.memory is not None: k, v, seen = layer.memory.extend(k, v, look)
         else: seen = look
         s = layer.ask(layer.self_att, x, k, v, seen); a = layer.enc_att.attention; q = a.split(a.fc_q(s))
-        found.append((q @ cross[0].transpose(-2, -1) / q.shape[-1] ** .5).softmax(-1).mean(1)[0]); x = layer(x, cross, look, None, ones)
+        logits = q @ cross[0].transpose(-2, -1) / q.shape[-1] ** .5; logits = logits if cells is None else logits.masked_fill(~cells, -torch.inf)
+        found.append(logits.softmax(-1).mean(1)[0]); x = layer(x, cross, look, cells, ones)
     return torch.stack(found)
 
 # %% ../nbs/06i_fsgr_own.ipynb #82bf613e
@@ -60,10 +61,10 @@ def predict(
 ) -> list[dict]: # For each: sentence, beams [(sentence, score)], tags (words of the patches), tag_index (h,w), words, attention {word place: (h,w)}
     """A sentence for each picture, the other beams, the tag of each patch and where the decoder looked for each word; squashed to a square as in training.
     Raises: `BadInput` for anything but a list of RGB pixels."""
-    check_pictures(images); device, was, found = next(model.parameters()).device, model.training, []; clip = frozen_clip(cfg, say=lambda *_: None); model.eval()
+    check_pictures(images); device, was, found = next(model.parameters()).device, model.training, []; model.eval()
     names = tag_names(cfg.tags) if cfg.text else []
     for picture in images:
-        whole = torch.from_numpy(picture.copy()).permute(2, 0, 1).float().div(255); view = normalise(resize(whole, (cfg.side, cfg.side), 'bicubic'), clip.mean, clip.std)[None].to(device)
+        whole = torch.from_numpy(picture.copy()).permute(2, 0, 1).float().div(255); view = normalise(resize(whole, (cfg.side, cfg.side), 'bicubic'), model.mean, model.std)[None].to(device)
         grid = tuple(cfg.side // p for p in model.backbone.visual.conv1.kernel_size); beams = write(model, view, cfg.beams, cfg.words); best = beams.words[0, 0]
         text = [model.vocabulary.decode(w) for w in beams.words[0].tolist()]; words = text[0].split()
         line = torch.cat([torch.tensor([[BOS]], device=device), best[None, :len(words)]], 1); looked = word_attention(model, view, line)[-1]
@@ -79,10 +80,11 @@ def from_weights(
     classes: int, # Not used
     file: str | Path, # Weights in the names of the public copy, or of this package
 ) -> FSGR: # In evaluation mode, with `vocabulary`
-    "A captioner from a weight file and the vocabulary that belongs to it. Raises: `BadInput` if one of them is missing, or their sizes differ."
+    "A captioner from a weight file and the vocabulary that belongs to it; that of this package needs its recipe, and CLIP's file. Raises: `BadInput` if one of them is missing, or they do not belong together."
     require(cfg.vocabulary, 'weights without a vocabulary', 'the file whose words are the rows of its tables', 'name it in a YAML file for --config: vocabulary: FILE')
-    vocabulary, state = Vocabulary.load(cfg.vocabulary), read_weights(file); state.pop('words', None)
-    model = from_official(state, shortlist=cfg.shortlist, area=cfg.area, align=cfg.align)
+    vocabulary, state = Vocabulary.load(cfg.vocabulary), read_weights(file)
+    if 'words' in state: return new_model(replace(cfg, init=str(file), word_init='xavier'), vocabulary, frozen_clip(cfg)).eval() # of this package: the recipe says what shapes do not
+    model = from_official(state, shortlist=cfg.shortlist, area=cfg.area, align=cfg.align, mask=cfg.accidental_mask); model.mean, model.std = OPENAI_MEAN, OPENAI_STD
     require(len(vocabulary) == len(model.decoder.word_emb.weight), f'{cfg.vocabulary} with {len(vocabulary)} words', f'{len(model.decoder.word_emb.weight)}, the rows of {Path(file).name}', 'take the vocabulary that the weights were trained with')
     model.vocabulary = vocabulary
     return model
@@ -99,13 +101,13 @@ def evaluation_files(
     protocol: str | None = None, # Not used: there is one
     processes: int = 0, # Not used
 ) -> list[str]: # Paths of the files that were written, from `out`
-    "What was written for each picture beside its references, with its CIDEr-D (sentences.json, the worst first), and all scores (summary.json)."
+    "What was written for each picture beside its references, with its CIDEr-D (sentences.json, the worst first), and all scores, METEOR and SPICE where Java is there, else why not (summary.json)."
     require(world()[1] == 1, f'{world()[1]} processes', 'one for the files', 'start without accelerate or torchrun')
     was = model.training; model.eval(); said, truth = write_split(model, split, cfg), pretokenised(split); model.train(was)
     each = Cider(truth, document_frequencies(truth)).scores(said)
-    rows = sorted((dict(image_id=i, caption=s, references=r, CIDErD=round(100 * float(c), 1)) for i, s, r, c in zip(split.ids, said, truth, each)), key=lambda r: r['CIDErD'])
+    rows = sorted((dict(image_id=i, caption=s, references=r, **{'CIDEr-D': round(100 * float(c), 1)}) for i, s, r, c in zip(split.ids, said, truth, each)), key=lambda r: r['CIDEr-D'])
     out = Path(out); out.mkdir(parents=True, exist_ok=True)
-    for name, what in dict(sentences=rows, summary=dict(config=asdict(cfg), split=f'{split.dataset} {split.name}', images=len(split), scores=caption_scores(truth, said))).items():
+    for name, what in dict(sentences=rows, summary=dict(config=asdict(cfg), split=f'{split.dataset} {split.name}', images=len(split), scores=caption_scores(truth, said) | java_scores(truth, said))).items():
         with atomic(out/f'{name}.json') as spare: spare.write_text(json.dumps(what, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
     return sorted(f.name for f in out.iterdir() if f.name[0] != '.')
 

@@ -6,7 +6,7 @@
 __all__ = ['HOW', 'FIELDS', 'CODE', 'CHANCE', 'word_vectors', 'xavier', 'new_model', 'groups', 'weights', 'total', 'numbers',
            'losses_xe', 'rewards_of', 'losses_scst', 'merged', 'sentences', 'view_of', 'write_split', 'evaluate',
            'stage_hashes', 'check_recipe', 'parts_of', 'stale', 'check_chance', 'remember', 'start_of', 'train_stage',
-           'given', 'best_or_last', 'train', 'load_stage', 'load_run', 'model_of_run']
+           'note_similarity', 'given', 'best_or_last', 'train', 'load_stage', 'load_run', 'model_of_run']
 
 # %% ../nbs/06a_fsgr_training.ipynb #baebdf76
 import functools, importlib, json, math, time
@@ -19,16 +19,18 @@ from torch import Tensor, nn
 from .captions import Cider, Frequencies, caption_scores, document_frequencies, object_f1
 from .captions_vocabulary import Vocabulary, build_vocabulary, check_ids
 from .core import BadInput, file_hash, require, seed_everything
+from .data import cache_folder
 from .formats_captions import SquareCache, pretokenised
-from .fsgr import FSGR, Understood, contrast_loss, critical_loss, word_loss, write
+from .fsgr import FSGR, Understood, contrast_loss, critical_loss, tag_similarity, word_loss, write
 from .fsgr_base import STAGES, FSGRConfig, frozen_clip, preset_name, rate, stage_config, tag_vectors
 from .fsgr_data import Captioned, CaptionView, split_tags
 from .fsgr_decoder import Decoder
 from .fsgr_tower import Tower
+from .fsgr_weights import living
 from .metrics import record
 from .training import Run, claim, each_once, stage_done, stage_hash
 from .training_checkpoint import checkpoint, load_model, load_weights, read_config, read_weights
-from .training_order import gather_processes, share, world
+from .training_order import gather_processes, share, sum_processes, world
 from .training_records import begin_stage, check_splits, check_start, close_stages, note_start, provenance
 from .vit import text_features
 from .vit_clip import clip_hash, clip_path
@@ -40,7 +42,8 @@ def word_vectors(
 ) -> Tensor: # (V,E): unit vectors; zeros for the four special words and for words that CLIP's text tower refuses
     "The start of the word table by CLIP, aligned by word, not by row."
     known = [w for w in vocabulary.words[4:] if not hasattr(clip.tokenizer, 'number') or w in clip.tokenizer.number]
-    table = torch.zeros(len(vocabulary), clip.visual.proj.shape[1]); table[[vocabulary.index[w] for w in known]] = text_features(clip, known, ('{}',)).cpu()
+    cache = None if hasattr(clip.tokenizer, 'number') else cache_folder()/'clip_words.safetensors' # ten thousand texts are worth a file
+    table = torch.zeros(len(vocabulary), clip.visual.proj.shape[1]); table[[vocabulary.index[w] for w in known]] = text_features(clip, known, ('{}',), cache).cpu()
     return table
 
 # %% ../nbs/06a_fsgr_training.ipynb #9e04033a
@@ -66,8 +69,10 @@ def new_model(
     xavier(model)
     if cfg.word_init == 'clip': model.decoder.word_emb.weight.data.copy_(word_vectors(clip, vocabulary))
     model.register_buffer('words', torch.tensor([len(vocabulary), int(vocabulary.hash[:12], 16)])) # which vocabulary the rows of its tables belong to
-    model.vocabulary = vocabulary
-    if cfg.init: load_weights(model, read_weights(cfg.init), cfg.init)
+    model.vocabulary, model.mean, model.std = vocabulary, clip.mean, clip.std
+    if cfg.init:
+        state = living(read_weights(cfg.init)); mark = state.setdefault('words', model.words)
+        require(torch.equal(mark.to(model.words), model.words), f'{cfg.init}, trained with another vocabulary', f'the {len(vocabulary)} words of this run, in their order', 'name its vocabulary file: --vocabulary FILE'); load_weights(model, state, cfg.init)
     return model
 
 # %% ../nbs/06a_fsgr_training.ipynb #a43412fe
@@ -176,7 +181,7 @@ def sentences(
 # %% ../nbs/06a_fsgr_training.ipynb #8819f2a5
 def view_of(
     cfg: FSGRConfig, # `side`
-    clip: nn.Module, # For its channel means
+    clip: nn.Module, # CLIP or captioner, for its channel means
 ) -> CaptionView: # Transform
     "The view of training and of evaluation: there is no augmentation."
     return CaptionView(cfg.side, clip.mean, clip.std)
@@ -188,8 +193,8 @@ def write_split(
     cfg: FSGRConfig, # Recipe
 ) -> list[str]: # A sentence for each picture, in order
     "Sentences for all pictures of a split, each exactly once over all processes."
-    device, clip = next(model.parameters()).device, frozen_clip(cfg, say=lambda *_: None); found = {}
-    for batch in each_once(split.view(('image',), view_of(cfg, clip)), max(cfg.batch or cfg.xe_batch, 16), device, cfg.workers): found |= zip(batch['index'].tolist(), sentences(model, batch['image'], cfg))
+    device, found = next(model.parameters()).device, {}
+    for batch in each_once(split.view(('image',), view_of(cfg, model)), max(cfg.batch or cfg.xe_batch, 16), device, cfg.workers): found |= zip(batch['index'].tolist(), sentences(model, batch['image'], cfg))
     whole = {i: s for part in gather_processes(found) for i, s in part.items()}
     return [whole[i] for i in range(len(split))]
 
@@ -216,7 +221,7 @@ HOW = ('seed', 'steps', 'epochs', 'batch', 'lr', 'accumulate', 'repeats', 'optim
        'train_split', 'eval_split', 'eval_images', 'evaluate_every', 'patience', 'image_cache', 'clip_model', 'activation', 'side', 'prompts', 'deep', 'adapters', 'prompt_norm', 'align', 'text', 'tags', 'templates', 'shortlist', 'gumbel', 'area',
        'vocabulary', 'least', 'longest', 'dim', 'heads', 'feedforward', 'encoder_layers', 'decoder_layers', 'dropout', 'accidental_mask', 'word_init', 'memory', 'memory_bank', 'beams', 'words', 'merge', 'old_lr') # Fields that matter to both stages
 FIELDS = dict(xe=HOW + ('beta', 'temperature', 'contrast_cells', 'labels', 'captions', 'memory_every', 'xe_epochs', 'xe_least', 'xe_batch', 'xe_lr', 'xe_falls', 'xe_rise'), scst=HOW + ('scst_epochs', 'scst_batch', 'scst_lr', 'scst_falls')) # Stage -> fields that decide it, beside what it reads
-CODE = ('captions', 'captions_vocabulary', 'formats_captions', 'fsgr', 'fsgr_base', 'fsgr_blocks', 'fsgr_data', 'fsgr_decoder', 'fsgr_memory', 'fsgr_tower', 'fsgr_training', 'core', 'data_transforms', 'training', 'training_config', 'training_order') # Modules that decide what a stage gives
+CODE = ('captions', 'captions_vocabulary', 'formats_captions', 'fsgr', 'fsgr_base', 'fsgr_blocks', 'fsgr_data', 'fsgr_decoder', 'fsgr_memory', 'fsgr_tower', 'fsgr_training', 'core', 'data_transforms', 'training', 'training_config', 'training_order', 'vit', 'vit_clip') # Modules that decide what a stage gives
 
 # %% ../nbs/06a_fsgr_training.ipynb #0427ab4c
 def stage_hashes(
@@ -240,6 +245,7 @@ def check_recipe(
     require(cfg.stages and cfg.stages == STAGES[:len(cfg.stages)], f'stages {" ".join(cfg.stages)}', 'xe, or xe scst', 'the second stage starts from the first')
     require(cfg.tags or not (cfg.text or cfg.beta), 'no codebook for the language map or the local contrast', 'tags that patches can have', 'say --tags FILE, or --no_text --beta 0: a captioner without either, which is no FSGR')
     least = dict(prompts=1, shortlist=1, least=1, longest=3, heads=1, encoder_layers=1, decoder_layers=1, beams=1, words=1, patience=1, memory_every=1, xe_rise=1, scst_batch=1, contrast_cells=0, memory=0, beta=0)
+    for stage in cfg.stages: require((cfg.lr or getattr(cfg, f'{stage}_lr')) >= 1e-7, f'{stage}_lr {cfg.lr or getattr(cfg, f"{stage}_lr"):g}', '1e-7 or more', f'set --{stage}_lr: at a rate of zero nothing is learnt')
     for name, low in least.items(): require(getattr(cfg, name) >= low, f'{name} {getattr(cfg, name)}', f'{low} or more', f'set --{name}')
     require(cfg.dim % (4 * cfg.heads) == 0, f'dim {cfg.dim} with {cfg.heads} heads', 'a multiple of four times the heads', 'set --dim or --heads')
     require(cfg.words < cfg.longest, f'{cfg.words} words with {cfg.longest} positions', 'fewer words than positions', 'lower --words, or raise --longest')
@@ -267,10 +273,11 @@ def stale(
     cfg: FSGRConfig, # Of the stage
     stage: str, # 'xe' or 'scst'
 ) -> bool: # True: it is enough
-    "Whether so many scores in a row were no better; counted from what a checkpoint holds, so a resumed run stops where the other does."
+    "Whether so many scores in a row were no better; before pass `xe_least` the count begins anew instead. Counted from what a checkpoint holds, so a resumed run stops where the other does. Source: public copy."
     if not run.best: return False
     first = cfg.xe_least * (run.cfg.steps // max(cfg.epochs, 1)) if stage == 'xe' and cfg.epochs else 0
-    return run.step - max(run.best['step'], first) >= cfg.patience * cfg.evaluate_every
+    without = (run.step - run.best['step']) // cfg.evaluate_every
+    return without > 0 and without % cfg.patience == 0 and run.step >= first
 
 # %% ../nbs/06a_fsgr_training.ipynb #e5dd0c89
 CHANCE = 200 # Update at which the first stage must have left chance level
@@ -283,7 +290,9 @@ def check_chance(
 ) -> None: # Nothing when something was learnt
     "A loss that still is that of guessing means that nothing learns: written to the log, and the run ends. Raises: `BadInput` naming the rate."
     level = math.log(words)
-    if run.step != CHANCE or abs(loss - level) > .02 * level: return
+    if run.step != CHANCE: return
+    loss = float(sum_processes(torch.tensor(loss, device=run.device))) / run.processes # all processes go on, or none
+    if abs(loss - level) > .02 * level: return
     rates = [g['lr'] for g in run.optimizer.param_groups]; note = f'chance level: loss {loss:.3f} after {CHANCE} updates, ln {words} = {level:.3f}, rates {", ".join(f"{r:.2e}" for r in rates)}'
     if run.log: run.log.write(step=run.step - 1, note=note)
     raise BadInput(note, 'a loss well below that of guessing', 'check the learning rate and its schedule, and that sentences belong to their pictures')
@@ -308,7 +317,7 @@ def start_of(
     parts: dict, # From `parts_of`
 ) -> tuple[FSGR, float]: # Model; passes of the stage before
     "A new captioner, or the best one of the first stage."
-    model = new_model(cfg, parts['vocabulary'], parts['clip'])
+    model = new_model(cfg if stage == 'xe' else replace(cfg, init='', word_init='xavier'), parts['vocabulary'], parts['clip'])
     if stage == 'xe': return model, 0.
     load_weights(model, read_weights(checkpoint(out/'xe', best_or_last(out/'xe'))/'model.safetensors'), 'the first stage')
     for layer in model.decoder.layers: # prototypes stay as they are
@@ -337,9 +346,21 @@ def train_stage(
         run.update(terms, total(terms, run.model, step, own), weights(own, step, stage), extra)
         if stage == 'xe': remember(run.model, own, run.step, run.fresh); check_chance(run, float(terms['xe'].detach()), len(model.vocabulary))
         if cfg.eval_split and run.due('evaluate'):
-            run.record(evaluate(run.plain_model, scored, own))
+            run.record(evaluate(run.plain_model, scored, own)); note_similarity(run, batch, extra)
             if stale(run, own, stage): run.say(f'{stage}: no better score in {cfg.patience} evaluations'); break
     return run.close(enough=True)
+
+# %% ../nbs/06a_fsgr_training.ipynb #62b4b383
+@torch.no_grad()
+def note_similarity(
+    run: Run, # After an update
+    batch: dict, # The last one
+    extra: dict, # From `given`
+) -> None: # A line in the log where there is local contrast
+    "Writes down how alike patches of one tag are: it must rise."
+    if 'tags' not in extra or not run.log: return
+    features = run.model.features(run.model.look(batch['image']))
+    run.log.write(step=run.step - 1, tag_similarity=round(float(tag_similarity(features[:8].flatten(0, 1), extra['tags'][:8].flatten())), 4)) # eight pictures: all pairs of more would need much memory
 
 # %% ../nbs/06a_fsgr_training.ipynb #16914e72
 def given(
@@ -396,12 +417,15 @@ def load_stage(
 def load_run(
     run: str | Path, # Folder of a run, finished or not
     classes: int = 0, # Not used: what is there is said in words
-    which: str | int = 'best', # Checkpoint of its last stage
+    which: str | int = 'best', # 'best' of all stages, or 'last' or a number of steps of the last one
 ) -> tuple[FSGR, FSGRConfig]: # In evaluation mode, with `vocabulary`; its recipe
-    "The captioner of a run after its last stage. Raises: `BadInput` if no stage has a checkpoint."
+    "The captioner of a run: that of the stage with the better score on the validation split, or of the last stage. Raises: `BadInput` if no stage has a checkpoint."
     stages = [s for s in STAGES if list((Path(run)/s/'checkpoints').glob('step_*'))]
     require(stages, f'{run} without a checkpoint', 'a run whose first stage has begun', 'go on with train --resume')
-    return load_stage(run, stages[-1], which)
+    best = {s: (json.loads((checkpoint(Path(run)/s)/'progress.json').read_text()).get('best') or {}).get('value') for s in stages}
+    stage = max(stages, key=lambda s: (best[s], s)) if which == 'best' and None not in best.values() else stages[-1] # equal scores: the later one
+    if stage != stages[-1]: print(f'{stage}: its score {best[stage]:.1f} was not reached again by {stages[-1]} ({best[stages[-1]]:.1f})')
+    return load_stage(run, stage, which)
 
 # %% ../nbs/06a_fsgr_training.ipynb #29111080
 def model_of_run(

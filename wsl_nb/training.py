@@ -409,7 +409,7 @@ def replay(
     model = (model or getattr(method, facts['model'])(cfg, facts['classes'])).to(device)
     load_weights(model, parts['model.safetensors'], str(folder)); model.train()
     disk.set_rng_state(given['rng'], device)
-    with autocast(cfg, device): terms = getattr(method, losses)(model, to_device(given['batch'], device, cfg.channels_last), facts['step'], cfg, **given['extra'])
+    with autocast(cfg, device): terms = getattr(method, losses)(model, to_device(given['batch'], device, cfg.channels_last), facts['step'], cfg, **to_device(given['extra'], device))
     with autocast(cfg, device): total = getattr(method, 'total', lambda terms, *_: sum(terms.values()))(terms, model, facts['step'], cfg)
     values = {k: v.item() for k, v in (terms | dict(total=total)).items()}
     bad = next((k for k, v in values.items() if not math.isfinite(v)), None) or culprit(terms, total, [p for p in model.parameters() if p.requires_grad])
