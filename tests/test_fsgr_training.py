@@ -18,7 +18,7 @@ from wsl_nb.captions import caption_scores, cider, document_frequencies, tokenis
 from wsl_nb.captions_vocabulary import SPECIALS, Vocabulary
 from wsl_nb.core import BadInput, NonFinite, torch_rng
 from wsl_nb.data_farm import CLASSES, VOCABULARY
-from wsl_nb.fsgr import contrast_loss, critical_loss, write
+from wsl_nb.fsgr import contrast_loss, critical_loss, word_loss, write
 from wsl_nb.fsgr_base import CHANGES, CODEBOOKS, COCO, COCO_OFFICIAL, LAPTOP, LAPTOP_PLAIN, PRESETS, FSGRConfig, frozen_clip, preset_name, rate, stage_config, tag_names, tag_vectors
 from wsl_nb.fsgr_data import Captioned, named_tags, split_tags, true_tags
 from wsl_nb.vit import text_features
@@ -138,7 +138,8 @@ def test_one_sentence_an_item_or_all_of_a_picture_train_alike(clip, hidden):
         for part in (model.att_embed, model.encoder.pixel_embed): part[3].bias.data += .1
         model.att_embed.register_forward_hook(lambda m, x, y: y * (torch.arange(144) % 7 > 0)[:, None]); assert (model.understand(images).hidden == (torch.arange(144) % 7 == 0)).all()
     for name, batch in forms.items(): model.zero_grad(); loss = recipe.losses_xe(model, batch, 0, replace(BARE, beta=0.))['xe']; loss.backward(); found[name] = loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    assert found['all'][0] == pytest.approx(found['one'][0], abs=1e-5) and found['all'][1].keys() == found['one'][1].keys() and all(torch.allclose(g, found['one'][1][n], atol=2e-5, rtol=1e-3) for n, g in found['all'][1].items()) and 'backbone.visual.prompt_embeddings' in found['all'][1]
+    with torch.no_grad(): words = WORDS.batch([s for own in SAID for s in own])[0]; direct = word_loss(model(forms['one']['image'], words)[0], words).item()
+    assert found['all'][0] == pytest.approx(found['one'][0], abs=1e-5) == pytest.approx(direct, abs=1e-5) and found['all'][1].keys() == found['one'][1].keys() and all(torch.allclose(g, found['one'][1][n], atol=2e-5, rtol=1e-3) for n, g in found['all'][1].items()) and 'backbone.visual.prompt_embeddings' in found['all'][1]
 
 
 def test_numbers_of_a_batch_know_their_picture(clip):
@@ -229,26 +230,26 @@ def test_banks_are_in_checkpoints_and_stand_still_in_the_second_stage(run):
 
 
 def test_stale_counts_from_the_best_score_and_not_before_its_pass():
-    "Patience evaluations without a better one; in the first stage counted from a pass on; nothing but what a checkpoint holds."
-    cfg = replace(COCO, patience=3, evaluate_every=10, xe_least=4, epochs=50, steps=500); at = lambda step, best, stage, c=cfg: recipe.stale(SimpleNamespace(step=step, best=best and dict(step=best, value=1.), cfg=c), c, stage)
+    "Patience evaluations without a better one; before a pass of the first stage the count begins anew instead; nothing but what a checkpoint holds."
+    cfg = replace(COCO, patience=3, evaluate_every=10, xe_least=5, epochs=50, steps=500); at = lambda step, best, stage, c=cfg: recipe.stale(SimpleNamespace(step=step, best=best and dict(step=best, value=1.), cfg=c), c, stage)
     assert not at(499, None, 'xe') and [s for s in range(10, 120, 10) if at(s, 10, 'scst')][0] == 40 and [s for s in range(10, 120, 10) if at(s, 10, 'xe')][0] == 70 and [s for s in range(10, 200, 10) if at(s, 60, 'xe')][0] == 90 and not at(30, 10, 'scst') and at(40, 10, 'xe', replace(cfg, epochs=0))
 
 
 def test_early_stopping_ends_both_stages(tmp_path, monkeypatch):
     "With a score that never rises: patience evaluations after the first, in each stage; finished in result.json; a run that was killed before its note ends without another update."
-    _, cfg, data = prepare('fsgr', dict(steps=0, xe_epochs=40, scst_epochs=30, xe_least=2, patience=2, evaluate_every=0, memory=0, data_train=6, batch=3, checkpoint_every=1, keep_last=99)); scored = []; monkeypatch.setattr(recipe, 'evaluate', lambda *a: scored.append(1) or [dict(metric='CIDEr-D', value=5.)])
-    result = recipe.train(cfg, data, tmp_path/'run'); notes = {s: json.loads((tmp_path/'run'/s/'result.json').read_text()) for s in recipe.STAGES}; assert result['finished'] and all(n['finished'] for n in notes.values()) and (notes['xe']['steps'], notes['scst']['steps'], len(scored)) == (8, 6, 7) and notes['xe']['best']['step'] == notes['scst']['best']['step'] == 2
-    before = final(tmp_path/'run'); (tmp_path/'run'/'result.json').unlink(); (tmp_path/'run'/'scst'/'result.json').unlink(); monkeypatch.setattr(recipe, 'losses_scst', None); again = recipe.train(cfg, data, tmp_path/'run', resume=True); assert again['finished'] and again['steps'] == 14 and len(scored) == 7 and all(torch.equal(v, final(tmp_path/'run')[k]) for k, v in before.items())
+    _, cfg, data = prepare('fsgr', dict(steps=0, xe_epochs=40, scst_epochs=30, xe_least=4, patience=2, evaluate_every=0, memory=0, data_train=6, batch=3, checkpoint_every=1, keep_last=99)); scored = []; monkeypatch.setattr(recipe, 'evaluate', lambda *a: scored.append(1) or [dict(metric='CIDEr-D', value=5.)])
+    result = recipe.train(cfg, data, tmp_path/'run'); notes = {s: json.loads((tmp_path/'run'/s/'result.json').read_text()) for s in recipe.STAGES}; assert result['finished'] and all(n['finished'] for n in notes.values()) and (notes['xe']['steps'], notes['scst']['steps'], len(scored)) == (10, 6, 8) and notes['xe']['best']['step'] == notes['scst']['best']['step'] == 2
+    before = final(tmp_path/'run'); (tmp_path/'run'/'result.json').unlink(); (tmp_path/'run'/'scst'/'result.json').unlink(); monkeypatch.setattr(recipe, 'losses_scst', None); again = recipe.train(cfg, data, tmp_path/'run', resume=True); assert again['finished'] and again['steps'] == 16 and len(scored) == 8 and all(torch.equal(v, final(tmp_path/'run')[k]) for k, v in before.items())
     assert disk.checkpoint(tmp_path/'run'/'scst', 'best').name == 'step_000002' and recipe.load_run(tmp_path/'run')[0].training is False
 
 
 def test_a_loss_at_chance_ends_the_run(tmp_path, monkeypatch):
     "Guessing after so many updates: named with ln V and the rates, in the log, too. A loss that has moved goes on."
-    made = recipe.new_model; monkeypatch.setattr(recipe, 'CHANCE', 2); cfg, data = replace(BARE, steps=4, stages=('xe',), xe_lr=1e-9), prepare('fsgr', dict(data_train=6))[2]
+    made = recipe.new_model; monkeypatch.setattr(recipe, 'CHANCE', 2); cfg, data = replace(BARE, steps=4, stages=('xe',), xe_lr=1e-7), prepare('fsgr', dict(data_train=6))[2]
     def _guessing(*args): model = made(*args); model.decoder.fc.weight.data.zero_(); return model
     monkeypatch.setattr(recipe, 'new_model', _guessing)
     with pytest.raises(BadInput, match=r'chance level: loss .* ln \d+ = .*rates .*e-') as e: recipe.train(cfg, data, tmp_path/'run')
-    assert e.value.got in (tmp_path/'run'/'xe'/'log.jsonl').read_text() and 'rate' in e.value.cure; run = SimpleNamespace(step=2, log=None, optimizer=SimpleNamespace(param_groups=[dict(lr=0.)]))
+    assert e.value.got in (tmp_path/'run'/'xe'/'log.jsonl').read_text() and 'rate' in e.value.cure; run = SimpleNamespace(step=2, log=None, device='cpu', processes=1, optimizer=SimpleNamespace(param_groups=[dict(lr=0.)]))
     assert recipe.check_chance(run, .9 * math.log(34), 34) is None and recipe.check_chance(SimpleNamespace(step=1), math.log(34), 34) is None
     with pytest.raises(BadInput, match=r'rates 0\.00e\+00'): recipe.check_chance(run, math.log(34), 34)
 
@@ -291,15 +292,16 @@ def test_each_term_is_named_and_replayed(tmp_path, capsys, monkeypatch, term, st
 
 
 def test_bf16_with_a_memory(tmp_path):
-    "Both stages, clustering after each update: every term and weight is finite."
-    whole(tmp_path/'a', 'fsgr', precision='bf16', steps=2, eval_split='', checkpoint_every=0, data_train=6, memory_every=1); lines = [l for l in log(tmp_path/'a') if 'terms' in l]
-    assert len(lines) == 4 and all(math.isfinite(v) for l in lines for v in (*l['terms'].values(), l['total'], l['gradient_norm'])) and all(v.isfinite().all() for v in final(tmp_path/'a').values())
+    "Both stages, clustering after each update: every term and weight is finite. Items of the first stage are sentences if the recipe says so, those of the second always pictures."
+    whole(tmp_path/'a', 'fsgr', precision='bf16', steps=2, eval_split='', checkpoint_every=0, data_train=6, memory_every=1, captions='one'); lines = [l for l in log(tmp_path/'a') if 'terms' in l]
+    assert len(lines) == 4 and all(math.isfinite(v) for l in lines for v in (*l['terms'].values(), l['total'], l['gradient_norm'])) and all(v.isfinite().all() for v in final(tmp_path/'a').values()) and [json.loads((tmp_path/'a'/s/'result.json').read_text())['epochs'] for s in recipe.STAGES] == [.133, .667]
 
 
 def test_a_captioner_goes_on_from_weights(run, tmp_path, clip):
     "`init` is taken whole, after Xavier and word vectors; a table of another length is refused by name; the file is noted."
     out, cfg, data = run; file = tmp_path/'start.safetensors'; model, _ = recipe.load_stage(out, 'xe'); save_file({k: v.contiguous() for k, v in model.state_dict().items()}, file); fresh = recipe.new_model(replace(cfg, init=str(file)), model.vocabulary, clip); assert all(torch.equal(v, model.state_dict()[k]) for k, v in fresh.state_dict().items())
-    with pytest.raises(BadInput, match='decoder.fc.weight'): recipe.new_model(replace(cfg, init=str(file)), WORDS, clip)
+    with pytest.raises(BadInput, match='another vocabulary'): recipe.new_model(replace(cfg, init=str(file)), WORDS, clip)
+    with pytest.raises(BadInput, match='another vocabulary'): recipe.new_model(replace(cfg, init=str(file)), Vocabulary((*model.vocabulary.words[:4], *reversed(model.vocabulary.words[4:]))), clip)
     own = replace(cfg, init=str(file), vocabulary=str(out/'vocabulary.json'), stages=('xe',), steps=1, accumulate=1, eval_split=''); recipe.train(own, data, tmp_path/'run'); assert json.loads((tmp_path/'run'/'init.json').read_text())['file'] == 'start.safetensors'
 
 
