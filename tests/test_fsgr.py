@@ -106,7 +106,7 @@ def test_an_adapter_whose_second_layer_is_zero_is_the_identity():
 
 def test_only_prompts_and_adapters_learn():
     "By name; every one of them gets a gradient once it is not at its start, nothing of CLIP does."
-    t = stirred(tower(deep=3, adapters=(0, 3))); sum(x.square().sum() for x in t(noise(2, 3, 40, 40))).backward()
+    t = stirred(tower(small().requires_grad_(), deep=3, adapters=(0, 3))); sum(x.square().sum() for x in t(noise(2, 3, 40, 40))).backward()
     for name, p in t.named_parameters(): new = 'S_Adapter' in name or 'prompt' in name; assert p.requires_grad == new and (p.grad is not None and p.grad.abs().sum() > 0) == new, name
     assert sum('S_Adapter' in n for n, _ in t.named_parameters()) == 16 and all('token_embedding' not in n and 'text' not in n for n, _ in t.named_parameters()) and t.visual.transformer.resblocks[0].S_Adapter.D_fc1.out_features == 12
 

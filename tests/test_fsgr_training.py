@@ -194,9 +194,9 @@ def test_true_and_named_tags_by_hand():
 @pytest.mark.parametrize('labels', ['value', 'captions'])
 def test_tags_of_pictures_are_kept(clip, monkeypatch, tmp_path, labels):
     "The second call asks CLIP for nothing and gives the same; those of another path, codebook or picture are made anew; they are what the frozen CLIP says of each picture alone."
-    monkeypatch.setenv('WSL_NB_CACHE', str(tmp_path)); data = prepare('fsgr', dict(data_train=5))[2]; split, cfg = data.split('train', ('image', 'captions')), replace(BARE, labels=labels); book, calls, old = tag_vectors(clip, cfg), [], fsgr_data.frozen_scores; monkeypatch.setattr(fsgr_data, 'frozen_scores', lambda *a: calls.append(1) or old(*a))
-    a = split_tags(clip, book, split, cfg); assert len(calls) == 1 and a.shape == (5, 144) and a.dtype == torch.int16; b = split_tags(clip, book, split, cfg); assert len(calls) == 1 and torch.equal(a, b)
-    view = split.view(('image', 'captions'), recipe.view_of(cfg, clip)); scores = old(clip, torch.stack([view[i]['image'] for i in range(5)]), book, 'vv' if labels == 'captions' else labels); want = named_tags(scores, [tokenise(view[i]['captions']) for i in range(5)], tag_names(cfg.tags)) if labels == 'captions' else scores.argmax(-1); assert (a == want).float().mean() > .99
+    monkeypatch.setenv('WSL_NB_CACHE', str(tmp_path)); data = prepare('fsgr', dict(data_train=35))[2]; split, cfg = data.split('train', ('image', 'captions')), replace(BARE, labels=labels); book, calls, old = tag_vectors(clip, cfg), [], fsgr_data.frozen_scores; monkeypatch.setattr(fsgr_data, 'frozen_scores', lambda *a: calls.append(1) or old(*a))
+    a = split_tags(clip, book, split, cfg); assert len(calls) == 2 and a.shape == (35, 144) and a.dtype == torch.int16; b = split_tags(clip, book, split, cfg); assert len(calls) == 2 and torch.equal(a, b)
+    view = split.view(('image', 'captions'), recipe.view_of(cfg, clip)); scores = old(clip, torch.stack([view[i]['image'] for i in range(35)]), book, 'vv' if labels == 'captions' else labels); want = named_tags(scores, [tokenise(view[i]['captions']) for i in range(35)], tag_names(cfg.tags)) if labels == 'captions' else scores.argmax(-1); assert (a == want).float().mean() > .99
     for other in (replace(cfg, labels='csa'), replace(cfg, templates=('the {}',))): n = len(calls); split_tags(clip, tag_vectors(clip, other), split, other); assert len(calls) > n
     n = len(calls); assert split_tags(clip, book, split.first(3), cfg).shape == (3, 144) and len(calls) > n
 
@@ -291,10 +291,10 @@ def test_each_term_is_named_and_replayed(tmp_path, capsys, monkeypatch, term, st
     assert e.value.term == term
 
 
-def test_bf16_with_a_memory(tmp_path):
-    "Both stages, clustering after each update: every term and weight is finite. Items of the first stage are sentences if the recipe says so, those of the second always pictures."
-    whole(tmp_path/'a', 'fsgr', precision='bf16', steps=2, eval_split='', checkpoint_every=0, data_train=6, memory_every=1, captions='one'); lines = [l for l in log(tmp_path/'a') if 'terms' in l]
-    assert len(lines) == 4 and all(math.isfinite(v) for l in lines for v in (*l['terms'].values(), l['total'], l['gradient_norm'])) and all(v.isfinite().all() for v in final(tmp_path/'a').values()) and [json.loads((tmp_path/'a'/s/'result.json').read_text())['epochs'] for s in recipe.STAGES] == [.133, .667]
+def test_bf16_with_a_memory(tmp_path, monkeypatch):
+    "Both stages, clustering after each update: every term and weight is finite. Items of the first stage are sentences if the recipe says so, those of the second always pictures. Rewards count every training sentence as a document."
+    counted, count = [], recipe.document_frequencies; monkeypatch.setattr(recipe, 'document_frequencies', lambda documents: counted.extend(documents) or count(documents)); whole(tmp_path/'a', 'fsgr', precision='bf16', steps=2, eval_split='', checkpoint_every=0, data_train=6, memory_every=1, captions='one'); lines = [l for l in log(tmp_path/'a') if 'terms' in l]
+    assert len(lines) == 4 and all(math.isfinite(v) for l in lines for v in (*l['terms'].values(), l['total'], l['gradient_norm'])) and all(v.isfinite().all() for v in final(tmp_path/'a').values()) and [json.loads((tmp_path/'a'/s/'result.json').read_text())['epochs'] for s in recipe.STAGES] == [.133, .667] and len(counted) == 30 and all(len(d) == 1 for d in counted)
 
 
 def test_a_captioner_goes_on_from_weights(run, tmp_path, clip):
