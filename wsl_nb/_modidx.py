@@ -1039,6 +1039,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'wsl_nb.fsgr_data.MapScores': ('fsgr_data.html#mapscores', 'wsl_nb/fsgr_data.py'),
                                   'wsl_nb.fsgr_data.cell_grid': ('fsgr_data.html#cell_grid', 'wsl_nb/fsgr_data.py'),
                                   'wsl_nb.fsgr_data.frozen_scores': ('fsgr_data.html#frozen_scores', 'wsl_nb/fsgr_data.py'),
+                                  'wsl_nb.fsgr_data.kept_tags': ('fsgr_data.html#kept_tags', 'wsl_nb/fsgr_data.py'),
                                   'wsl_nb.fsgr_data.map_scores': ('fsgr_data.html#map_scores', 'wsl_nb/fsgr_data.py'),
                                   'wsl_nb.fsgr_data.named_tags': ('fsgr_data.html#named_tags', 'wsl_nb/fsgr_data.py'),
                                   'wsl_nb.fsgr_data.nearest_agrees': ('fsgr_data.html#nearest_agrees', 'wsl_nb/fsgr_data.py'),

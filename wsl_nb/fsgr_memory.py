@@ -63,7 +63,7 @@ class Prototypes(nn.Module):
         "Puts the last pass into the bank, the oldest go."
         size = self.bank_k.shape[1]
         for bank, new in zip((self.bank_k, self.bank_v), self.last or ()):
-            new = new[:, -size:]; at = (self.count[0] + torch.arange(new.shape[1], device=bank.device)) % size; bank[:, at] = new
+            first = self.count[0] + max(new.shape[1] - size, 0); new = new[:, -size:]; bank[:, (first + torch.arange(new.shape[1], device=bank.device)) % size] = new
         if self.last: self.count[0] += self.last[0].shape[1]
         self.last = None
 

@@ -143,6 +143,8 @@ class Tower(nn.Module):
         super().__init__()
         require(hasattr(clip.visual, 'conv1') and hasattr(clip.visual, 'class_embedding') and getattr(clip.visual, 'attn_pool', None) is None, f'a CLIP whose vision tower is a {type(clip.visual).__name__}', 'a plain ViT with a class token', 'choose ViT-B-32, ViT-B-16, ViT-L-14 or the like')
         require(all(isinstance(getattr(b, 'ls_1', nn.Identity()), nn.Identity) for b in clip.visual.transformer.resblocks), 'blocks with layer scale', 'plain blocks', 'choose a CLIP of OpenAI or LAION without it')
+        plain = getattr(clip.visual, 'pool_type', 'tok') == 'tok' and len(set(clip.visual.grid_size)) == 1 and all(b.attn.batch_first for b in clip.visual.transformer.resblocks)
+        require(plain, 'a tower that pools its patches, was trained on an oblong grid, or wants the batch second', 'a class token, a square grid, batch first', 'choose a CLIP of OpenAI or LAION')
         require(align in ('standard', 'csa'), f'align "{align}"', 'standard or csa', 'set --align')
         self.dropout, self.align = nn.Dropout(dropout), align
         self.visual, blocks = copy.deepcopy(clip.visual), len(clip.visual.transformer.resblocks)

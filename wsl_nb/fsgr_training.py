@@ -244,7 +244,8 @@ def check_recipe(
     require('captions' in data.source.fields, f'{data.name} without captions', 'a set with sentences', 'choose COCO captions or the drawn pictures')
     require(cfg.stages and cfg.stages == STAGES[:len(cfg.stages)], f'stages {" ".join(cfg.stages)}', 'xe, or xe scst', 'the second stage starts from the first')
     require(cfg.tags or not (cfg.text or cfg.beta), 'no codebook for the language map or the local contrast', 'tags that patches can have', 'say --tags FILE, or --no_text --beta 0: a captioner without either, which is no FSGR')
-    least = dict(prompts=1, shortlist=1, least=1, longest=3, heads=1, encoder_layers=1, decoder_layers=1, beams=1, words=1, patience=1, memory_every=1, xe_rise=1, scst_batch=1, contrast_cells=0, memory=0, beta=0)
+    least = dict(prompts=1, shortlist=1, least=1, longest=3, heads=1, encoder_layers=1, decoder_layers=1, beams=1, words=1, patience=1, memory_every=1, xe_rise=1, xe_batch=1, scst_batch=1, contrast_cells=0, memory=0, memory_bank=cfg.memory, beta=0)
+    require(cfg.temperature > 0, f'temperature {cfg.temperature}', 'above 0', 'set --temperature')
     for stage in cfg.stages: require((cfg.lr or getattr(cfg, f'{stage}_lr')) >= 1e-7, f'{stage}_lr {cfg.lr or getattr(cfg, f"{stage}_lr"):g}', '1e-7 or more', f'set --{stage}_lr: at a rate of zero nothing is learnt')
     for name, low in least.items(): require(getattr(cfg, name) >= low, f'{name} {getattr(cfg, name)}', f'{low} or more', f'set --{name}')
     require(cfg.dim % (4 * cfg.heads) == 0, f'dim {cfg.dim} with {cfg.heads} heads', 'a multiple of four times the heads', 'set --dim or --heads')
@@ -285,14 +286,14 @@ CHANCE = 200 # Update at which the first stage must have left chance level
 
 def check_chance(
     run: Run, # After an update
-    loss: float, # Cross-entropy of this update
+    loss: Tensor | float, # Cross-entropy of this update
     words: int, # V
 ) -> None: # Nothing when something was learnt
-    "A loss that still is that of guessing means that nothing learns: written to the log, and the run ends. Raises: `BadInput` naming the rate."
+    "A loss that is not below that of guessing means that nothing learns, or that it exploded: written to the log, and the run ends. Raises: `BadInput` naming the rate."
     level = math.log(words)
     if run.step != CHANCE: return
-    loss = float(sum_processes(torch.tensor(loss, device=run.device))) / run.processes # all processes go on, or none
-    if abs(loss - level) > .02 * level: return
+    loss = float(sum_processes(torch.as_tensor(loss, dtype=torch.float32, device=run.device))) / run.processes # all processes go on, or none
+    if loss <= .98 * level: return
     rates = [g['lr'] for g in run.optimizer.param_groups]; note = f'chance level: loss {loss:.3f} after {CHANCE} updates, ln {words} = {level:.3f}, rates {", ".join(f"{r:.2e}" for r in rates)}'
     if run.log: run.log.write(step=run.step - 1, note=note)
     raise BadInput(note, 'a loss well below that of guessing', 'check the learning rate and its schedule, and that sentences belong to their pictures')
@@ -344,7 +345,8 @@ def train_stage(
         extra = given(batch, tags, own) if stage == 'xe' else dict(rewards=[])
         with run.forward(): terms = losses_xe(run.model, batch, step, own, **extra) if stage == 'xe' else losses_scst(run.model, batch, step, own, frequencies=frequencies, **extra)
         run.update(terms, total(terms, run.model, step, own), weights(own, step, stage), extra)
-        if stage == 'xe': remember(run.model, own, run.step, run.fresh); check_chance(run, float(terms['xe'].detach()), len(model.vocabulary))
+        if stage == 'xe': remember(run.model, own, run.step, run.fresh)
+        if stage == 'xe' and run.fresh: check_chance(run, terms['xe'].detach(), len(model.vocabulary))
         if cfg.eval_split and run.due('evaluate'):
             run.record(evaluate(run.plain_model, scored, own)); note_similarity(run, batch, extra)
             if stale(run, own, stage): run.say(f'{stage}: no better score in {cfg.patience} evaluations'); break
