@@ -83,8 +83,9 @@ def compare(method, folder, say=print):
     "(compared, failed, not covered) of one directory; prints a line for each tensor."
     inputs, outside, extra, origin = scope(method)
     stored, config = stored_tensors(folder); module = importlib.import_module(f'parity_{method}')
-    if hasattr(module, 'extra'): stored |= module.extra(Path(folder), config) # numbers beside the tensor files
-    try: ours = module.compute(stored, config)
+    try:
+        if hasattr(module, 'extra'): stored |= module.extra(Path(folder), config) # numbers beside the tensor files
+        ours = module.compute(stored, config)
     except KeyError as e: sys.exit(f'got {folder} without "{e.args[0]}"\nexpected every file and tensor of the format\ncure: restore the directory')
     compared = failed = missing = 0
     for stem, name in sorted((stem, name) for stem in stored for name in stored[stem]):

@@ -118,7 +118,7 @@ def meshed_rows(s, config):
     import reference_m2 as m2
     w = {k.removeprefix('w.'): v for k, v in s.items() if k.startswith('w.')}; heads, words = config['m2']['h'], s['out.beam_words']
     encoded, mask = m2.encode(w, s['in.features'], heads); b = m2.beams(w, encoded, heads, words.shape[1], words.shape[2])
-    return {('m2', k): v for k, v in {'out.encoder': Near(encoded, 1e-5), 'out.encoder_mask': Same(mask), 'out.logprobs': Near(m2.decode(w, s['in.seq'], encoded, heads), 1e-4), 'out.beam_words': Same(b.words), 'out.beam_logprobs': Near(b.logprobs, 1e-4)}.items()}
+    return {('m2', k): v for k, v in {'out.encoder': Near(encoded, 1e-5), 'out.encoder_mask': Near(mask.float(), 0), 'out.logprobs': Near(m2.decode(w, s['in.seq'], encoded, heads), 1e-4), 'out.beam_words': Same(b.words), 'out.beam_logprobs': Near(b.logprobs, 1e-4)}.items()}
 
 
 def caption_rows(s):
