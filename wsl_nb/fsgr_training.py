@@ -425,7 +425,7 @@ def load_run(
     stages = [s for s in STAGES if list((Path(run)/s/'checkpoints').glob('step_*'))]
     require(stages, f'{run} without a checkpoint', 'a run whose first stage has begun', 'go on with train --resume')
     best = {s: (json.loads((checkpoint(Path(run)/s)/'progress.json').read_text()).get('best') or {}).get('value') for s in stages}
-    stage = max(stages, key=lambda s: (best[s], s)) if which == 'best' and None not in best.values() else stages[-1] # equal scores: the later one
+    stage = max(stages, key=lambda s: (best[s], STAGES.index(s))) if which == 'best' and None not in best.values() else stages[-1] # equal scores: the later one
     if stage != stages[-1]: print(f'{stage}: its score {best[stage]:.1f} was not reached again by {stages[-1]} ({best[stages[-1]]:.1f})')
     return load_stage(run, stage, which)
 
