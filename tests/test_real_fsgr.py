@@ -2,7 +2,7 @@
 
 CLIP's weights are random: none were at hand, so the chain is proven and no score is. The heavy part starts every command as a user does, in its own process.
 """
-import json, math, os, shutil
+import json, math, os
 from collections import Counter
 from dataclasses import replace
 from itertools import groupby
