@@ -103,15 +103,15 @@ def test_scores_that_need_java_are_numbers_or_say_why_not(real): # noqa: F811
 
 @pytest.mark.slow
 def test_both_stages_are_killed_resumed_scored_and_used(data_root, real, photos, weights, tags, vocabulary, cache, tmp_path, capsys): # noqa: F811
-    "COCO's recipe in float32, four updates a stage: the check, a kill in each stage, scores of 15 pictures from what was written, sentences about five photographs, the same from the bare weight file; another vocabulary is refused."
+    "COCO's recipe in float32, six updates a stage: the check, a kill in each stage, scores of 15 pictures from what was written, sentences about five photographs, the same from the bare weight file; another vocabulary is refused."
     out, table, words = tmp_path/'run', [], Vocabulary.load(vocabulary); said, _ = sentences(real, 'train'); known = [[w in words.index for w in s.split()] for s in said]
     assert 'complete and sound' in finished(tmp_path, table, 'check', 'data', 'check', 'coco_captions', real)
-    train = recipe(real, weights, tags, '--vocabulary', vocabulary, '--steps', '4', '--xe_lr', '1e-3', '--image_cache', '--precision', 'fp32', '--checkpoint_every', '1', '--keep_last', '1', '--evaluate_every', '4', '--eval_images', '3', '--out', out)
+    train = recipe(real, weights, tags, '--vocabulary', vocabulary, '--steps', '6', '--xe_lr', '3e-4', '--image_cache', '--precision', 'fp32', '--checkpoint_every', '1', '--keep_last', '1', '--evaluate_every', '6', '--eval_images', '3', '--out', out)
     table.append(('train, killed in xe', killed_after(tmp_path, out/'xe', 1, *train), '')); first = load_file(checkpoint(out/'xe', 1)/'model.safetensors'); assert not (out/'xe'/'result.json').exists()
-    table.append(('train, resumed, killed in scst', killed_after(tmp_path, out/'scst', 1, *train, '--resume'), '')); assert json.loads((out/'xe'/'result.json').read_text())['steps'] == 4
+    table.append(('train, resumed, killed in scst', killed_after(tmp_path, out/'scst', 1, *train, '--resume'), '')); assert json.loads((out/'xe'/'result.json').read_text())['steps'] == 6
     text = finished(tmp_path, table, 'train, resumed, to the end', *train, '--resume'); flat = [k for own in known for k in own]
     assert 'xe: done' in text and 'resume: at step 1' in text and 'QuickGELU (the file holds input_resolution' in text and f'sentences: 80 of 16 pictures, {len(words)} words, {flat.count(False)} of {len(flat)} tokens unknown, longest {max(map(len, known)) + 2}, 0 cut' in text and 'parts: prompts on, contrast on, language_map on, memory OFF' in text
-    terms = {s: [l['terms'] for l in read_log(out/s) if 'terms' in l] for s in ('xe', 'scst')}; steps = {s: [l['step'] for l in read_log(out/s) if 'terms' in l] for s in terms}; assert steps == dict(xe=[0, 1, 2, 3], scst=[0, 1, 2, 3])
+    terms = {s: [l['terms'] for l in read_log(out/s) if 'terms' in l] for s in ('xe', 'scst')}; steps = {s: [l['step'] for l in read_log(out/s) if 'terms' in l] for s in terms}; assert steps == dict(xe=[*range(6)], scst=[*range(6)])
     assert all(set(t) == k and all(np.isfinite(v) for v in t.values()) for s, k in dict(xe={'xe', 'contrast'}, scst={'scst'}).items() for t in terms[s]) and terms['xe'][0]['xe'] == pytest.approx(math.log(len(words)), rel=.25) and terms['xe'][0]['contrast'] > 0
     assert any(l['gradient_norm'] > 0 for l in read_log(out/'scst') if 'terms' in l); before, state = (load_file(checkpoint(out/s, 'last')/'model.safetensors') for s in terms); assert not torch.equal(before['decoder.fc.weight'], state['decoder.fc.weight']) # some beams were worth more than others
     changed = {k for k in state if not torch.equal(state[k], first[k])}; assert {'decoder.fc.weight', 'encoder.WGs.0.weight', 'att_embed.0.weight'} <= changed and not any(k.startswith('backbone.') and 'prompt' not in k and 'S_Adapter' not in k for k in changed)
